@@ -1,0 +1,122 @@
+"""Every field of a run, its unit and its reason. Recipes change what differs.
+
+A recipe is a file with `get_config(variant='')`; it starts from `get_config`
+here. Fields may be overridden on the command line: --config.optim.lr=1e-6.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Defaults: the official Diffusion-DPO settings for Stable Diffusion 1.5."""
+  c = ml_collections.ConfigDict()
+  # What to train: preference | denoise | autoencode | classify.
+  c.task = 'preference'
+  # Order of the data, noise, timesteps, dropout and sampling follow from it.
+  c.seed = 0
+
+  c.model = ml_collections.ConfigDict()
+  # Folder in the diffusers layout: the policy's start and the reference.
+  c.model.folder = ''
+  # Components that start from random weights: unet, vae, text_encoder.
+  c.model.random_init = ()
+  # Dtype of compute; parameters, errors, norms and losses are float32.
+  c.model.dtype = 'float32'
+  # none | full: recompute every block in the backward pass to save memory.
+  c.model.remat = 'none'
+
+  c.data = ml_collections.ConfigDict()
+  # Parquet files in Pick-a-Pic's schema: a file, a folder or a glob.
+  c.data.path = ''
+  # Share of the captions (by a hash of the caption) kept for evaluation.
+  c.data.holdout = 0.02
+  # Side of the square training images, pixels.
+  c.data.resolution = 512
+  # Random or centre crop, and horizontal flips: the same for both images.
+  c.data.random_crop = True
+  c.data.flip = False
+  # Probability that a pair loses its caption (Wallace et al. use 0.2).
+  c.data.prompt_dropout = 0.2
+
+  c.objective = ml_collections.ConfigDict()
+  # dpo | sft, with that function's numbers by name.
+  c.objective.name = 'dpo'
+  c.objective.numbers = ml_collections.ConfigDict({'beta': 5000.0})
+  # Scale of the logged implicit rewards; for dpo keep it equal to beta.
+  c.objective.reward_beta = 5000.0
+
+  c.denoise = ml_collections.ConfigDict()
+  # Task denoise: Min-SNR weighting of timesteps, 5 in its paper; 0 is off.
+  c.denoise.min_snr_gamma = 0.0
+
+  c.vae = ml_collections.ConfigDict()
+  # Task autoencode: weight of the KL term, in nats a picture.
+  c.vae.kl_weight = 1e-6
+
+  c.classifier = ml_collections.ConfigDict()
+  # Task classify: channels of the stages, noise level and shift in pixels of
+  # its augmentation.
+  c.classifier.widths = (16, 32, 64)
+  c.classifier.noise = 0.1
+  c.classifier.shift = 3
+
+  c.optim = ml_collections.ConfigDict()
+  # adamw | adafactor.
+  c.optim.name = 'adamw'
+  # Peak learning rate: the authors' launchers use 1e-8 a pair of the batch.
+  c.optim.lr = 2.048e-5
+  # constant | linear | cosine, after a linear warmup of so many steps.
+  c.optim.schedule = 'constant'
+  c.optim.warmup_steps = 500
+  c.optim.b1 = 0.9
+  c.optim.b2 = 0.999
+  c.optim.eps = 1e-8
+  c.optim.weight_decay = 1e-2
+  # Global gradient norm; 0 is off.
+  c.optim.clip_norm = 1.0
+  # Decay of a running mean of the weights, which is then exported; 0 is off.
+  c.optim.ema_decay = 0.0
+
+  c.train = ml_collections.ConfigDict()
+  # Optimizer steps.
+  c.train.num_steps = 2000
+  # Pairs (or images) a step, over all devices and microbatches.
+  c.train.batch_size = 2048
+  # Microbatches a step, to fit into memory; the gradient is the same.
+  c.train.accumulate = 1
+  # In steps. Checkpoints fall on log lines, so that a resumed log has no seam.
+  c.train.log_every = 10
+  c.train.eval_every = 250
+  c.train.checkpoint_every = 100
+  # Newest checkpoints kept.
+  c.train.keep = 3
+
+  c.mesh = ml_collections.ConfigDict()
+  # Devices along each axis; -1 takes all that are left.
+  c.mesh.data = -1
+  # Shards parameters, optimizer state and EMA as well as the batch.
+  c.mesh.fsdp = 1
+
+  c.eval = ml_collections.ConfigDict()
+  # Held-out captions to draw from at the end, and images for each.
+  c.eval.num_prompts = 200
+  c.eval.images_per_prompt = 1
+  # ddim | ddpm, steps, and uncond + scale * (cond - uncond): 1.0 is off.
+  c.eval.sampler = 'ddim'
+  c.eval.num_steps = 50
+  c.eval.guidance_scale = 7.5
+  # Images (or pairs) at once.
+  c.eval.batch_size = 16
+  # Draws of noise and timestep a held-out pair, for the implicit accuracy.
+  c.eval.num_draws = 8
+  # Folder of a style judge (task classify) and the class that should win.
+  c.eval.judge = ''
+  c.eval.preferred = ''
+  # Nearest picture among all real ones: only for small data sets.
+  c.eval.retrieval = False
+
+  c.export = ml_collections.ConfigDict()
+  # float32 | float16 | bfloat16.
+  c.export.dtype = 'float32'
+  c.lock()
+  return c

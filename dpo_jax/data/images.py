@@ -1,0 +1,125 @@
+"""Decoding of untrusted image bytes, and augmentation shared inside a pair."""
+
+import dataclasses
+import hashlib
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import ExifTags, Image
+
+# A header of a few bytes may announce a picture that fills the memory.
+MAX_PIXELS = 1 << 26
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF')
+
+# How to undo each value of EXIF's orientation; 1 is upright.
+_TURNS = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+  """Where to crop, as fractions of the free rows and columns, and the flip."""
+
+  top: float = 0.5
+  left: float = 0.5
+  flip: bool = False
+
+
+def decode(data: bytes) -> UInt8[np.ndarray, 'H W 3']:
+  """Returns uint8 [H, W, 3] RGB in display orientation.
+
+  Transparent pictures are laid on white, 16-bit grey is scaled to 8 bits, of
+  an animation the first frame is taken. Raises ValueError for bytes that are
+  no picture of FORMATS, damaged or above MAX_PIXELS.
+  """
+  try:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+      width, height = image.size
+      if width * height > MAX_PIXELS:
+        raise ValueError(f'{width} x {height} pixels, at most {MAX_PIXELS}')
+      rgb = _to_rgb(image)
+      turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+      return np.asarray(rgb if turn is None else rgb.transpose(turn))
+  # Pillow's decoders raise almost anything on damaged bytes.
+  except Exception as error:
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    raise ValueError(f'cannot decode image: {reason}') from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+  """Returns the picture in mode RGB, as it is stored."""
+  if image.mode == 'F':
+    raise ValueError('floating-point pixels have no known range')
+  if image.mode.startswith('I'):
+    grey = np.asarray(image).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 65535:
+      raise ValueError('32-bit pixels have no known range')
+    return Image.fromarray((grey // 257).astype(np.uint8)).convert('RGB')
+  if image.has_transparency_data:
+    rgba = image.convert('RGBA')
+    white = Image.new('RGBA', rgba.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, rgba).convert('RGB')
+  return image.convert('RGB')
+
+
+def resize_shorter(
+  pixels: UInt8[np.ndarray, 'H W 3'], size: int
+) -> UInt8[np.ndarray, 'h w 3']:
+  """Returns the picture with its shorter side `size` pixels long (Lanczos)."""
+  height, width = pixels.shape[:2]
+  shorter = min(height, width)
+  if shorter == size:
+    return pixels
+  h, w = (max(size, round(side * size / shorter)) for side in (height, width))
+  image = Image.fromarray(pixels)
+  return np.asarray(image.resize((w, h), Image.Resampling.LANCZOS))
+
+
+def draw_augmentation(
+  seed: int, example_id: int, epoch: int, *, random_crop: bool, flip: bool
+) -> Augmentation:
+  """Returns the augmentation of an example in an epoch.
+
+  A hash of (seed, id, epoch) and nothing else, so that it does not depend on
+  the row, the batch, the process or on what was drawn before.
+  """
+  text = f'augment/{seed}/{example_id}/{epoch}'.encode()
+  digest = hashlib.blake2b(text, digest_size=9).digest()
+  top, left = (
+    int.from_bytes(digest[i : i + 4], 'big') / 0xFFFFFFFF for i in (0, 4)
+  )
+  if not random_crop:
+    top = left = 0.5
+  return Augmentation(top, left, bool(flip and digest[8] % 2))
+
+
+def crop_flip(
+  pixels: UInt8[np.ndarray, 'H W 3'], size: int, augmentation: Augmentation
+) -> UInt8[np.ndarray, 'size size 3']:
+  """Returns a size x size crop of the resized picture, flipped if asked."""
+  pixels = resize_shorter(pixels, size)
+  height, width = pixels.shape[:2]
+  top = round(augmentation.top * (height - size))
+  left = round(augmentation.left * (width - size))
+  crop = pixels[top : top + size, left : left + size]
+  return crop[:, ::-1] if augmentation.flip else crop
+
+
+def shared_crop_flip(
+  pictures: Sequence[UInt8[np.ndarray, 'H W 3']],
+  size: int,
+  augmentation: Augmentation,
+) -> UInt8[np.ndarray, 'p size size 3']:
+  """Returns the pictures of one example under the same crop and flip."""
+  return np.stack(
+    [crop_flip(picture, size, augmentation) for picture in pictures]
+  )

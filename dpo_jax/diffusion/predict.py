@@ -1,0 +1,64 @@
+"""Conversions between what a network predicts: eps, v and x_0.
+
+With x_t = alpha_t x_0 + sigma_t eps and alpha_t^2 + sigma_t^2 = 1,
+v = alpha_t eps - sigma_t x_0 (Salimans and Ho, 2022, appendix D).
+alpha_t and sigma_t broadcast against x_t.
+"""
+
+import jax
+
+from dpo_jax import types
+
+
+def to_eps(
+  output: types.Latents,
+  x_t: types.Latents,
+  alpha_t: jax.Array,
+  sigma_t: jax.Array,
+  *,
+  prediction_type: str,
+) -> types.Latents:
+  """eps_hat from a network output of the given prediction type."""
+  if prediction_type == 'epsilon':
+    return output
+  if prediction_type == 'v_prediction':
+    return alpha_t * output + sigma_t * x_t
+  raise ValueError(
+    f'prediction_type {prediction_type!r}: allowed are epsilon, v_prediction'
+  )
+
+
+def to_x_0(
+  output: types.Latents,
+  x_t: types.Latents,
+  alpha_t: jax.Array,
+  sigma_t: jax.Array,
+  *,
+  prediction_type: str,
+) -> types.Latents:
+  """x_0_hat from a network output; for eps, alpha_t must not be zero."""
+  if prediction_type == 'epsilon':
+    return (x_t - sigma_t * output) / alpha_t
+  if prediction_type == 'v_prediction':
+    return alpha_t * x_t - sigma_t * output
+  raise ValueError(
+    f'prediction_type {prediction_type!r}: allowed are epsilon, v_prediction'
+  )
+
+
+def training_target(
+  x_0: types.Latents,
+  eps: types.Latents,
+  alpha_t: jax.Array,
+  sigma_t: jax.Array,
+  *,
+  prediction_type: str,
+) -> types.Latents:
+  """What the network is regressed on: eps or v."""
+  if prediction_type == 'epsilon':
+    return eps
+  if prediction_type == 'v_prediction':
+    return alpha_t * eps - sigma_t * x_0
+  raise ValueError(
+    f'prediction_type {prediction_type!r}: allowed are epsilon, v_prediction'
+  )

@@ -1,0 +1,344 @@
+"""What a run leaves behind: export, pictures, measures and the report."""
+
+import json
+import pathlib
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dpo_jax
+from dpo_jax import build, sharding, trees, types
+from dpo_jax import stable_diffusion as sd_lib
+from dpo_jax.data import images as images_lib
+from dpo_jax.evaluate import (
+  generate,
+  grid,
+  implicit,
+  report,
+  retrieval,
+  stats,
+)
+from dpo_jax.train import loop, progress
+from dpo_jax.train import state as state_lib
+from dpo_jax.train import step as step_lib
+from dpo_jax.weights import classifiers, pipeline
+
+
+def finish(job: build.Job, result: loop.Result, path: pathlib.Path) -> None:
+  """Exports and evaluates the finished run in its workdir `path`."""
+  finishers = {
+    'preference': _finish_preference,
+    'denoise': _finish_denoise,
+    'autoencode': _finish_autoencode,
+    'classify': _finish_classify,
+  }
+  digest = {
+    'step': int(result.state.step),
+    'state_sha256': trees.digest(result.state),
+    'data_position': result.position,
+  }
+  _write_json(path / 'final.json', digest)
+  finishers[job.record['task']](job, result, path)
+  print(f'done: {path}', file=sys.stderr)
+
+
+def _write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(json.dumps(record, indent=2) + '\n')
+  temporary.replace(path)
+
+
+def _trained(result: loop.Result) -> types.Params:
+  return jax.device_get(state_lib.final_params(result.state))
+
+
+def _pictures(encoded: list[bytes], resolution: int) -> np.ndarray:
+  """Decoded, resized and centre-cropped, uint8 [n H W 3]."""
+  plain = images_lib.Augmentation()
+  return np.stack(
+    [
+      images_lib.crop_flip(
+        images_lib.resize_shorter(images_lib.decode(data), resolution),
+        resolution,
+        plain,
+      )
+      for data in encoded
+    ]
+  )
+
+
+def _as_float(images: np.ndarray) -> np.ndarray:
+  return np.asarray(sd_lib.to_float(jnp.asarray(images)))
+
+
+def _finish_classify(job, result, path):
+  classifiers.save(
+    path / 'export',
+    config={
+      'classes': list(job.all_images.style_names),
+      'widths': list(job.record['classifier']['widths']),
+      'image_size': job.record['data']['resolution'],
+    },
+    params=_trained(result)['classifier'],
+  )
+
+
+def _finish_autoencode(job, result, path):
+  """Exports the VAE with the scaling factor its latents ask for."""
+  params = _trained(result)['vae']
+  resolution = job.record['data']['resolution']
+  pictures = _as_float(_pictures(job.held_images.images, resolution))
+  encode = jax.jit(
+    lambda images: job.model.vae.apply(
+      {'params': params}, images, method='encode'
+    )
+  )
+  decode = jax.jit(
+    lambda mean: job.model.vae.apply({'params': params}, mean, method='decode')
+  )
+  size = job.record['eval']['batch_size']
+  rows = len(pictures) // size * size or len(pictures)
+  moments = [encode(part) for part in np.split(pictures[:rows], rows // size)]
+  mean = np.concatenate([np.asarray(m) for m, _ in moments])
+  variance = np.concatenate([np.exp(np.asarray(v)) for _, v in moments])
+  factor = float(1 / np.sqrt(np.mean(np.square(mean) + variance)))
+  job_base = pathlib.Path(job.record['model']['folder'])
+  pipeline.save(
+    path / 'export',
+    base=job_base,
+    params={'vae': params},
+    dtype=job.record['export']['dtype'],
+  )
+  config_path = path / 'export' / 'vae' / 'config.json'
+  config = json.loads(config_path.read_text()) | {'scaling_factor': factor}
+  _write_json(config_path, config)
+  shown = np.clip(np.asarray(decode(mean[:size])), -1, 1)
+  grid.save_pair_grid(
+    path / 'samples' / 'reconstructions.png',
+    pictures[:size],
+    shown,
+    job.held_images.captions[:size],
+    labels=('real', 'decoded'),
+  )
+
+
+def _prompts(job: build.Job) -> tuple[list[str], np.ndarray]:
+  """Held-out captions in order of their hash, and a seed a picture."""
+  settings = job.record['eval']
+  ids = dict(
+    sorted(
+      zip(job.held_images.captions, job.held_images.ids.tolist(), strict=True)
+    )
+  )
+  order = sorted(ids, key=lambda caption: ids[caption])
+  order = order[: settings['num_prompts']]
+  repeats = settings['images_per_prompt']
+  captions = [caption for caption in order for _ in range(repeats)]
+  return captions, np.arange(len(captions), dtype=np.uint32)
+
+
+def _sample(job: build.Job, params: types.Params, captions, seeds):
+  settings = job.record['eval']
+  sample_fn = generate.make_sample_fn(
+    job.model,
+    resolution=job.record['data']['resolution'],
+    sampler=settings['sampler'],
+    num_steps=settings['num_steps'],
+    guidance_scale=settings['guidance_scale'],
+  )
+  placed = jax.device_put(params, sharding.replicated(job.mesh))
+  return generate.generate(
+    sample_fn,
+    placed,
+    job.tokenizer.encode(captions)[0],
+    job.tokenizer.encode([''])[0][0],
+    seeds,
+    seed=job.record['seed'],
+    batch_size=settings['batch_size'],
+    mesh=job.mesh,
+  )
+
+
+def _quality(job: build.Job, images, captions) -> dict[str, float]:
+  """Style share and retrieval of one set of pictures, where configured."""
+  found = {}
+  if job.judge is not None:
+    found['style_share'] = float(np.mean(job.judge.score(images) > 0))
+  if job.record['eval']['retrieval']:
+    gallery = _pictures(job.all_images.images, job.record['data']['resolution'])
+    found['retrieval'] = retrieval.retrieval_accuracy(
+      _as_float(images),
+      captions,
+      _as_float(gallery),
+      job.all_images.captions,
+    )
+  return found
+
+
+def _finish_denoise(job, result, path):
+  trained = _trained(result)
+  base = pathlib.Path(job.record['model']['folder'])
+  pipeline.save(
+    path / 'export',
+    base=base,
+    params=trained,
+    dtype=job.record['export']['dtype'],
+  )
+  captions, seeds = _prompts(job)
+  images = _sample(job, job.params | trained, captions, seeds)
+  quality = _quality(job, images, captions) | {
+    'n': len(captions),
+    'settings': job.record['eval'],
+  }
+  _write_json(path / 'quality.json', quality)
+  first = {
+    caption: data
+    for caption, data in reversed(
+      list(zip(job.all_images.captions, job.all_images.images, strict=True))
+    )
+  }
+  shown = slice(0, 96)
+  real = _pictures(
+    [first[caption] for caption in captions[shown]],
+    job.record['data']['resolution'],
+  )
+  grid.save_pair_grid(
+    path / 'samples' / 'samples.png',
+    _as_float(real),
+    _as_float(images[shown]),
+    captions[shown],
+    labels=('real', 'generated'),
+  )
+
+
+def _finish_preference(job, result, path):
+  started = time.monotonic()
+  trained = _trained(result)
+  pipeline.save(
+    path / 'export',
+    base=pathlib.Path(job.record['model']['folder']),
+    params=trained,
+    dtype=job.record['export']['dtype'],
+  )
+  captions, seeds = _prompts(job)
+  with progress.Progress(0, 3, label='evaluate') as bar:
+    base = _sample(job, job.params, captions, seeds)
+    bar.update(1, {})
+    aligned = _sample(job, job.params | trained, captions, seeds)
+    bar.update(2, {})
+    accuracy = _implicit_accuracy(job, trained)
+    bar.update(3, {})
+  results, outcomes = _compare(job, base, aligned, captions)
+  results['implicit_accuracy'] = accuracy['value']
+  results['implicit_accuracy_interval'] = accuracy
+  pairs = report.ImagePairs(
+    _as_float(base), _as_float(aligned), captions, outcomes
+  )
+  grid.save_pair_grid(
+    path / 'samples' / f'step_{int(result.state.step):06d}.png',
+    pairs.base[:48],
+    pairs.aligned[:48],
+    captions[:48],
+    outcomes=None if outcomes is None else list(outcomes[:48]),
+  )
+  report.write_report(
+    path,
+    results=results,
+    settings=job.record,
+    seconds=result.seconds + time.monotonic() - started,
+    metrics_path=path / 'metrics.jsonl',
+    pairs=pairs,
+    reasons=_reasons(job),
+    judge=_judge_words(job),
+    cost=_cost(job, result, time.monotonic() - started),
+    data=_data_counts(job, captions),
+  )
+
+
+def _implicit_accuracy(job: build.Job, trained) -> dict[str, Any]:
+  """Share of held-out pairs whose winner has the larger implicit reward."""
+  task = job.loop_arguments['task']
+  eval_step = jax.jit(step_lib.make_eval_step(task.evaluators['pairs']))
+  frozen = jax.device_put(task.frozen, sharding.replicated(job.mesh))
+  params = jax.device_put(trained, sharding.replicated(job.mesh))
+  key = jax.random.key(job.record['seed'])
+
+  def margins(batch):
+    placed = sharding.put_batch(batch, job.mesh)
+    return eval_step(params, frozen, placed, key)['reward/margin']
+
+  return implicit.accuracy(
+    margins, job.held_batches, draws=job.record['eval']['num_draws']
+  )
+
+
+def _compare(job, base, aligned, captions):
+  """Results of the report and the outcome of each picture."""
+  ours, theirs = _quality(job, aligned, captions), _quality(job, base, captions)
+  results = {
+    name: {'base': theirs[name], 'aligned': ours[name]} for name in ours
+  }
+  if job.judge is None:
+    return results, None
+  scores = job.judge.score(aligned), job.judge.score(base)
+  repeats = job.record['eval']['images_per_prompt']
+  means = [part.reshape(-1, repeats).mean(1) for part in scores]
+  results['win_rate'] = stats.win_rate(*means)
+  return results, stats.wins(*scores)
+
+
+def _reasons(job: build.Job) -> dict[str, str]:
+  reasons = {}
+  if job.judge is None:
+    why = 'no judge was configured (eval.judge)'
+    reasons |= {'win_rate': why, 'style_share': why}
+  if not job.record['eval']['retrieval']:
+    reasons['retrieval'] = 'switched off (eval.retrieval)'
+  return reasons
+
+
+def _judge_words(job: build.Job) -> str:
+  if job.judge is None:
+    return ''
+  return (
+    'a style classifier trained on real pictures only '
+    f'({job.record["eval"]["judge"]}); the preferred style is '
+    f'{job.judge.preferred}'
+  )
+
+
+def _cost(job, result, evaluation_seconds) -> dict[str, Any]:
+  trained = max(1e-9, result.seconds - result.compile_seconds)
+  batch = job.record['train']['batch_size']
+  devices = list(job.mesh.devices.flat)
+  stats_of = devices[0].memory_stats() or {}
+  host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  return {
+    'train_seconds': round(result.seconds, 1),
+    'compile_seconds': round(result.compile_seconds, 1),
+    'evaluation_seconds': round(evaluation_seconds, 1),
+    'steps_this_process': result.steps,
+    'pairs_per_second': round(result.steps * batch / trained, 2),
+    'peak_memory_bytes': stats_of.get('peak_bytes_in_use', host),
+    'device': f'{len(devices)} x {devices[0].device_kind}',
+    'versions': {'dpo_jax': dpo_jax.__version__, 'jax': jax.__version__},
+  }
+
+
+def _data_counts(job: build.Job, captions) -> dict[str, Any]:
+  counts = job.train_pairs.counts
+  return {
+    'rows': counts.rows,
+    'pairs': counts.kept,
+    'ties_dropped': counts.ties,
+    'unlabelled_dropped': counts.unlabelled,
+    'identical_dropped': counts.identical,
+    'training_pairs': len(job.train_pairs),
+    'held_out_pairs': counts.kept - len(job.train_pairs),
+    'held_out_prompts': len(set(captions)),
+  }

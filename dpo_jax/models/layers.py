@@ -1,0 +1,182 @@
+"""Convolutions, norms and the residual block that UNet and VAE share.
+
+Everything is NHWC. Parameters are float32; `dtype` is the dtype of compute.
+A submodule is named as diffusers names it, with `_0` for an index `.0`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from dpo_jax import types
+
+Features = Float[Array, 'n h w c']
+
+
+def conv(
+  features: int,
+  *,
+  dtype: types.DTypeLike,
+  name: str,
+  kernel: int = 3,
+  zero_init: bool = False,
+) -> nn.Conv:
+  """A convolution that keeps the size, odd kernel."""
+  init = nn.initializers.zeros if zero_init else nn.linear.default_kernel_init
+  return nn.Conv(
+    features,
+    (kernel, kernel),
+    padding=kernel // 2,
+    kernel_init=init,
+    dtype=dtype,
+    name=name,
+  )
+
+
+class Dense(nn.Dense):
+  """nn.Dense computed as one matrix product over all leading axes.
+
+  The weight gradient of a product with several leading axes is transposed
+  first on XLA:CPU, which made it three times slower than the flat product.
+  """
+
+  def __call__(self, inputs: Float[Array, '*n c']) -> Float[Array, '*n d']:
+    flat = inputs.reshape((-1, inputs.shape[-1]))
+    return super().__call__(flat).reshape((*inputs.shape[:-1], self.features))
+
+
+def group_norm(
+  groups: int, eps: float, *, dtype: types.DTypeLike, name: str
+) -> nn.GroupNorm:
+  """Group norm with float32 statistics, two passes as PyTorch does."""
+  return nn.GroupNorm(
+    groups, epsilon=eps, use_fast_variance=False, dtype=dtype, name=name
+  )
+
+
+def layer_norm(
+  *, dtype: types.DTypeLike, name: str, eps: float = 1e-5
+) -> nn.LayerNorm:
+  """Layer norm over the last axis with float32 statistics."""
+  return nn.LayerNorm(
+    epsilon=eps, use_fast_variance=False, dtype=dtype, name=name
+  )
+
+
+def timestep_features(
+  t: types.Timesteps,
+  dim: int,
+  *,
+  flip_sin_to_cos: bool,
+  freq_shift: float,
+  max_period: float = 10000.0,
+) -> Float[Array, 'n d']:
+  """Sinusoids of t, float32, `dim` even.
+
+  Frequencies exp(-log(max_period) i / (dim / 2 - freq_shift)); sines first, or
+  cosines first when flipped. Ho et al. 2020 (DDPM), appendix B.
+  """
+  half = dim // 2
+  i = jnp.arange(half, dtype=jnp.float32)
+  frequencies = jnp.exp(-math.log(max_period) * i / (half - freq_shift))
+  angles = t.astype(jnp.float32)[:, None] * frequencies
+  parts = [jnp.sin(angles), jnp.cos(angles)]
+  return jnp.concatenate(parts[::-1] if flip_sin_to_cos else parts, axis=-1)
+
+
+class TimestepEmbedding(nn.Module):
+  """Two dense layers over sinusoidal features."""
+
+  features: int
+  dtype: types.DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'n d']) -> Float[Array, 'n e']:
+    x = Dense(self.features, dtype=self.dtype, name='linear_1')(x)
+    return Dense(self.features, dtype=self.dtype, name='linear_2')(
+      jax.nn.silu(x)
+    )
+
+
+class ResnetBlock2D(nn.Module):
+  """norm, silu, conv; plus time; norm, silu, conv; plus shortcut."""
+
+  features: int
+  groups: int
+  eps: float
+  zero_init: bool = False
+  dtype: types.DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: Features, temb: Float[Array, 'n e'] | None = None
+  ) -> Features:
+    def norm(name):
+      return group_norm(self.groups, self.eps, dtype=self.dtype, name=name)
+
+    h = jax.nn.silu(norm('norm1')(x))
+    h = conv(self.features, dtype=self.dtype, name='conv1')(h)
+    if temb is not None:
+      shift = Dense(self.features, dtype=self.dtype, name='time_emb_proj')(
+        jax.nn.silu(temb)
+      )
+      h = h + shift[:, None, None, :]
+    h = jax.nn.silu(norm('norm2')(h))
+    h = conv(
+      self.features, dtype=self.dtype, name='conv2', zero_init=self.zero_init
+    )(h)
+    if x.shape[-1] != self.features:
+      x = conv(self.features, kernel=1, dtype=self.dtype, name='conv_shortcut')(
+        x
+      )
+    return x + h
+
+
+class Downsample2D(nn.Module):
+  """Halves height and width with a strided convolution.
+
+  The UNet pads both sides by 1; the VAE (`asymmetric`) only bottom and right.
+  """
+
+  features: int
+  asymmetric: bool = False
+  dtype: types.DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Features) -> Features:
+    return nn.Conv(
+      self.features,
+      (3, 3),
+      strides=2,
+      padding=((0, 1), (0, 1)) if self.asymmetric else 1,
+      dtype=self.dtype,
+      name='conv',
+    )(x)
+
+
+class Upsample2D(nn.Module):
+  """Nearest neighbour to `size` (twice the input if None), then conv."""
+
+  features: int
+  dtype: types.DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: Features, size: tuple[int, int] | None = None
+  ) -> Features:
+    x = _nearest(x, size or (2 * x.shape[1], 2 * x.shape[2]))
+    return conv(self.features, dtype=self.dtype, name='conv')(x)
+
+
+def _nearest(x: Features, size: tuple[int, int]) -> Features:
+  n, h, w, c = x.shape
+  if size == (2 * h, 2 * w):
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (n, h, 2, w, 2, c))
+    return x.reshape(n, 2 * h, 2 * w, c)
+  # Odd sizes: the halves were rounded up on the way down.
+  rows = jnp.arange(size[0]) * h // size[0]
+  columns = jnp.arange(size[1]) * w // size[1]
+  return x[:, rows][:, :, columns]

@@ -1,0 +1,87 @@
+"""Checkpoints: orbax, the whole state and the data position."""
+
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+
+from dpo_jax.train import state as state_lib
+
+
+class Checkpointer:
+  """`workdir/checkpoints/<step>/`: `state` (arrays) and `data` (an integer).
+
+  A save is atomic: an interrupted one leaves a temporary folder that the next
+  start removes. Saving is asynchronous; `close` waits for it.
+  """
+
+  def __init__(self, workdir: pathlib.Path, *, every: int, keep: int):
+    """Keeps the newest `keep` checkpoints, one every `every` steps."""
+    self._every = every
+    self._manager = ocp.CheckpointManager(
+      pathlib.Path(workdir).absolute() / 'checkpoints',
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=True, create=True
+      ),
+      item_names=('state', 'data'),
+    )
+
+  def latest_step(self) -> int | None:
+    """Number of the newest complete checkpoint, None if there is none."""
+    return self._manager.latest_step()
+
+  def due(self, step: int, *, last: bool) -> bool:
+    """Whether the state after `step` steps is to be saved."""
+    return step % self._every == 0 or last
+
+  def save(self, step: int, state: state_lib.TrainState, position: int):
+    """Saves unless this step is already there."""
+    if self._manager.latest_step() == step:
+      return
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        data=ocp.args.JsonSave({'position': position}),
+      ),
+    )
+
+  def restore(
+    self, target: state_lib.TrainState
+  ) -> tuple[state_lib.TrainState, int]:
+    """Newest state, placed as `target` is, and the data position.
+
+    target: arrays or ShapeDtypeStructs with shardings. Raises ValueError
+    naming the folder when the checkpoint cannot be read.
+    """
+    step = self._manager.latest_step()
+    abstract = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=leaf.sharding
+      ),
+      target,
+    )
+    try:
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract),
+          data=ocp.args.JsonRestore(),
+        ),
+      )
+    except Exception as error:
+      folder = self._manager.directory / str(step)
+      raise ValueError(
+        f'{folder}: the checkpoint cannot be read '
+        f'({type(error).__name__}: {str(error).splitlines()[0][:200]}); '
+        'remove this folder to continue from the one before it'
+      ) from error
+    return restored['state'], int(restored['data']['position'])
+
+  def wait(self):
+    """Blocks until a save under way is complete."""
+    self._manager.wait_until_finished()
+
+  def close(self):
+    """Waits for saves under way and releases the manager."""
+    self._manager.close()

@@ -1,0 +1,118 @@
+"""A run's folder: its config, written once and compared ever after."""
+
+import fcntl
+import json
+import os
+import pathlib
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# May differ when a run continues: they change no number of the training.
+FREE_KEYS = frozenset(
+  {
+    'train.log_every',
+    'train.eval_every',
+    'train.checkpoint_every',
+    'train.keep',
+    'mesh.data',
+    'mesh.fsdp',
+    'eval.num_prompts',
+    'eval.images_per_prompt',
+    'eval.sampler',
+    'eval.num_steps',
+    'eval.guidance_scale',
+    'eval.batch_size',
+    'eval.num_draws',
+    'eval.judge',
+    'eval.preferred',
+    'eval.retrieval',
+    'export.dtype',
+  }
+)
+
+
+def flatten(record: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Nested mappings to dotted keys."""
+  flat = {}
+  for name, value in record.items():
+    if isinstance(value, Mapping):
+      flat |= flatten(value, f'{prefix}{name}.')
+    else:
+      flat[f'{prefix}{name}'] = value
+  return flat
+
+
+class Workdir:
+  """Holds the folder for one process at a time.
+
+  The lock is the operating system's (it goes with the process, however that
+  ends); the file says who holds it.
+  """
+
+  def __init__(self, folder: str | os.PathLike, *, config: Mapping[str, Any]):
+    """`config`: the resolved config as JSON types."""
+    self.path = pathlib.Path(folder)
+    self._config = config
+    self._lock = None
+
+  def __enter__(self):
+    """Makes or opens the folder.
+
+    Raises ValueError when another run is in it, or when it was written by
+    another config: names each key with its old and new value.
+    """
+    self.path.mkdir(parents=True, exist_ok=True)
+    self._take_lock()
+    path = self.path / 'config.json'
+    if path.exists():
+      self._compare(path)
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(json.dumps(self._config, indent=2) + '\n')
+    temporary.replace(path)
+    return self
+
+  def __exit__(self, *unused):
+    """Lets the folder go."""
+    self._lock.close()
+
+  def _take_lock(self):
+    path = self.path / 'lock'
+    self._lock = path.open('a+')
+    try:
+      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      self._lock.seek(0)
+      holder = self._lock.read().strip() or 'another process'
+      self._lock.close()
+      raise ValueError(
+        f'{self.path}: {holder} is running here; wait for it or choose '
+        'another --workdir'
+      ) from error
+    self._lock.truncate(0)
+    self._lock.write(f'pid {os.getpid()} on {socket.gethostname()}')
+    self._lock.flush()
+
+  def _compare(self, path):
+    try:
+      old = flatten(json.loads(path.read_text()))
+    except ValueError as error:
+      raise ValueError(
+        f'{path}: not JSON; remove it if this folder is yours'
+      ) from error
+    new = flatten(self._config)
+    missing = 'absent'
+    changed = [
+      f'{key}: {old.get(key, missing)!r} -> {new.get(key, missing)!r}'
+      for key in sorted(old.keys() | new.keys())
+      if old.get(key, missing) != new.get(key, missing) and key not in FREE_KEYS
+    ]
+    if changed:
+      raise ValueError(
+        f'{self.path} was written by another config ({"; ".join(changed)}); '
+        'use that config to continue, or choose another --workdir'
+      )
+
+  def describe(self, devices: Sequence) -> str:
+    """One line for the start of a run."""
+    return f'workdir {self.path}, {len(devices)} x {devices[0].device_kind}'

@@ -1,0 +1,75 @@
+"""A picture classifier as a folder: config.json and model.safetensors."""
+
+import json
+import pathlib
+
+import flax
+import jax
+import numpy as np
+
+from dpo_jax import trees, types
+from dpo_jax.models import classifier
+from dpo_jax.weights import diffusers_maps, safetensors_io
+
+WEIGHTS = 'model.safetensors'
+
+
+def _shapes(config: classifier.ImageClassifierConfig) -> types.PyTree:
+  side = config.image_size
+  return jax.eval_shape(
+    classifier.ImageClassifier(config).init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, side, side, 3), np.float32),
+  )['params']
+
+
+def save(
+  folder: str | pathlib.Path,
+  *,
+  config: dict,
+  params: types.Params,
+) -> None:
+  """Writes the folder; tensors are named by their path, `block_0/kernel`."""
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(config, indent=2, sort_keys=True) + '\n'
+  (folder / 'config.json').write_text(text)
+  tensors = {
+    trees.leaf_name(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  safetensors_io.save(folder / WEIGHTS, tensors)
+
+
+def load(
+  folder: str | pathlib.Path,
+) -> tuple[classifier.ImageClassifierConfig, types.Params]:
+  """(config, float32 parameters).
+
+  Raises ValueError naming the file when tensors are missing, left over or
+  misshapen.
+  """
+  folder = pathlib.Path(folder)
+  values = diffusers_maps.load_config(folder)
+  try:
+    config = classifier.ImageClassifierConfig.from_dict(values)
+  except ValueError as error:
+    raise ValueError(f'{folder / "config.json"}: {error}') from error
+  tensors = safetensors_io.load(folder / WEIGHTS)
+  wanted = {
+    trees.leaf_name(path): tuple(leaf.shape)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(_shapes(config))
+  }
+  found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+  wrong = sorted(
+    name
+    for name in wanted.keys() | found.keys()
+    if wanted.get(name) != found.get(name)
+  )
+  if wrong:
+    name = wrong[0]
+    raise ValueError(
+      f'{folder / WEIGHTS}: tensor {name!r} has shape {found.get(name)}, the '
+      f'config asks for {wanted.get(name)} ({len(wrong)} tensors differ)'
+    )
+  return config, flax.traverse_util.unflatten_dict(tensors, sep='/')

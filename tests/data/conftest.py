@@ -1,0 +1,87 @@
+"""Small parquet files in Pick-a-Pic's columns, and a tokenizer."""
+
+import io
+import pathlib
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from dpo_jax.data import tokenizer as tokenizer_lib
+
+EMOJI = pathlib.Path(__file__).parents[2] / 'examples' / 'emoji'
+
+
+def encode(pixels, kind='PNG'):
+  """Returns the bytes of uint8 pixels."""
+  buffer = io.BytesIO()
+  Image.fromarray(np.asarray(pixels, np.uint8)).save(buffer, kind)
+  return buffer.getvalue()
+
+
+def make_row(i, label=1.0, **changes):
+  """Returns row i: image 0 is filled with 2i, image 1 with 2i + 1."""
+  row = {
+    'caption': f'caption {i}',
+    'has_label': True,
+    'image_0_uid': f'a{i}',
+    'image_1_uid': f'b{i}',
+    'jpg_0': encode(np.full((4, 4, 3), 2 * i)),
+    'jpg_1': encode(np.full((4, 4, 3), 2 * i + 1)),
+    'label_0': label,
+    'label_1': None if label is None else 1 - label,
+    'model_0': 'x',
+    'model_1': 'y',
+  }
+  return row | changes
+
+
+SCHEMA = pa.schema(
+  [
+    ('caption', pa.string()),
+    ('has_label', pa.bool_()),
+    ('image_0_uid', pa.string()),
+    ('image_1_uid', pa.string()),
+    ('jpg_0', pa.binary()),
+    ('jpg_1', pa.binary()),
+    ('label_0', pa.float64()),
+    ('label_1', pa.float64()),
+    ('model_0', pa.string()),
+    ('model_1', pa.string()),
+  ]
+)
+
+
+@pytest.fixture
+def write(tmp_path):
+  """write(rows, name='pairs.parquet', schema=SCHEMA) -> path."""
+
+  def run(rows, name='pairs.parquet', schema=SCHEMA):
+    path = tmp_path / name
+    table = pa.Table.from_pylist(rows, schema=schema)
+    parquet.write_table(table, path, row_group_size=3)
+    return path
+
+  return run
+
+
+@pytest.fixture(scope='session')
+def tokenizer():
+  return tokenizer_lib.load(EMOJI / 'architecture' / 'tokenizer')
+
+
+@pytest.fixture(scope='session')
+def tokenizer_folder():
+  return EMOJI / 'architecture' / 'tokenizer'
+
+
+@pytest.fixture
+def row():
+  return make_row
+
+
+@pytest.fixture
+def png():
+  return encode

@@ -1,0 +1,431 @@
+"""The whole command on a tiny pipeline: outputs, resume, and bad input."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpo_jax import main
+from dpo_jax.weights import pipeline, safetensors_io
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 8
+
+
+@pytest.fixture
+def arguments(tiny_folder, tiny_pairs, tmp_path, monkeypatch):
+  """Makes a command line; keyword arguments are overrides, `.` as `__`."""
+  monkeypatch.chdir(ROOT)
+
+  def make(
+    recipe='configs/quickstart.py', workdir=None, **overrides
+  ) -> list[str]:
+    values = {
+      'model__folder': tiny_folder,
+      'data__path': tiny_pairs,
+      'data__resolution': 16,
+      'data__holdout': 0.4,
+      'objective__numbers__beta': 5000.0,
+      'objective__reward_beta': 5000.0,
+      'optim__lr': 1e-3,
+      'optim__warmup_steps': 2,
+      'train__num_steps': STEPS,
+      'train__batch_size': 8,
+      'train__log_every': 1,
+      'train__eval_every': 4,
+      'train__checkpoint_every': 1,
+      'train__keep': 2,
+      'eval__num_prompts': 8,
+      'eval__num_steps': 2,
+      'eval__batch_size': 8,
+      'eval__num_draws': 2,
+      'eval__judge': '',
+      'export__dtype': 'float32',
+    } | overrides
+    if 'sft' in recipe:
+      del values['objective__numbers__beta']
+    return [
+      'main',
+      f'--config={recipe}',
+      f'--workdir={workdir or tmp_path / "run"}',
+      *(
+        f'--config.{key.replace("__", ".")}={value}'
+        for key, value in values.items()
+        if value is not None
+      ),
+    ]
+
+  return make
+
+
+def _metrics(workdir):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def _losses(workdir):
+  return {r['step']: r['loss'] for r in _metrics(workdir) if 'loss' in r}
+
+
+def test_a_run_leaves_everything_promised(arguments, tmp_path, tiny_folder):
+  workdir = tmp_path / 'run'
+  assert main.run(arguments()) == 0
+  config = json.loads((workdir / 'config.json').read_text())
+  assert config['train']['num_steps'] == STEPS
+  assert sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == [
+    '7',
+    '8',
+  ]
+  assert list((workdir / 'tensorboard').glob('events*'))
+  assert list((workdir / 'samples').glob('*.png'))
+  report = json.loads((workdir / 'report.json').read_text())
+  # No judge was configured: these are null and say why.
+  assert report['style_share'] is None and report['win_rate'] is None
+  assert 'eval.judge' in report['reasons']['win_rate']
+  assert set(report['retrieval']) >= {'base', 'aligned'}
+  assert 0 <= report['implicit_accuracy'] <= 1
+  assert report['settings']['seed'] == 0 and report['seconds'] > 0
+  assert report['data']['ties_dropped'] > 0
+  html = (workdir / 'report.html').read_text()
+  assert '<html' in html and 'http://' not in html.replace(
+    'http://www.w3.org', ''
+  )
+  first, *_ = _metrics(workdir)
+  assert first['loss'] == pytest.approx(np.log(2), abs=1e-6)
+  wanted = {
+    'reward/win',
+    'reward/lose',
+    'reward/margin',
+    'reward/accuracy',
+    'reward/sigmoid_neg_margin',
+    'err/policy_win',
+    'err/delta_win',
+    'err/delta_lose',
+    'norm/grads',
+    'norm/updates',
+    'lr',
+  }
+  assert wanted <= set(first)
+  assert any('reward/accuracy_t' in key for r in _metrics(workdir) for key in r)
+  before = pipeline.load(tiny_folder).params
+  after = pipeline.load(workdir / 'export').params
+  for name in ('vae', 'text_encoder'):
+    jax.tree.map(np.testing.assert_array_equal, before[name], after[name])
+  moved = jax.tree.map(
+    lambda a, b: float(np.abs(a - b).max()), before['unet'], after['unet']
+  )
+  assert min(jax.tree.leaves(moved)) >= 0
+  assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_sft_and_denoise_run_through_the_same_command(
+  arguments, tmp_path, tiny_folder
+):
+  short = {'train__num_steps': 2, 'train__eval_every': 0}
+  assert main.run(arguments('configs/quickstart.py:sft', **short)) == 0
+  workdir = tmp_path / 'denoise'
+  argv = arguments(
+    'configs/emoji_base.py:unet',
+    workdir,
+    model__random_init="('unet','text_encoder')",
+    **short,
+  )
+  assert main.run(argv) == 0
+  quality = json.loads((workdir / 'quality.json').read_text())
+  assert quality['n'] == 8 and 0 <= quality['retrieval'] <= 1
+  before = pipeline.load(tiny_folder).params
+  after = pipeline.load(workdir / 'export').params
+  jax.tree.map(np.testing.assert_array_equal, before['vae'], after['vae'])
+
+
+def test_autoencode_and_classify_run_and_their_results_are_used(
+  arguments, tmp_path
+):
+  short = {'train__num_steps': 2, 'train__eval_every': 0}
+  vae_dir = tmp_path / 'vae'
+  argv = arguments(
+    'configs/emoji_base.py:vae', vae_dir, model__random_init="('vae',)", **short
+  )
+  assert main.run(argv) == 0
+  config = json.loads((vae_dir / 'export/vae/config.json').read_text())
+  assert config['scaling_factor'] not in (0.7, 1.0)
+  judge_dir = tmp_path / 'judge'
+  argv = arguments(
+    'configs/emoji_judge.py', judge_dir, model__folder=None, **short
+  )
+  assert main.run(argv) == 0
+  argv = arguments(
+    model__folder=vae_dir / 'export',
+    eval__judge=judge_dir / 'export',
+    eval__preferred='twemoji',
+    **short,
+  )
+  assert main.run(argv) == 0
+  report = json.loads((tmp_path / 'run' / 'report.json').read_text())
+  rate = report['win_rate']
+  assert rate['n'] == 8 and rate['low'] <= rate['value'] <= rate['high']
+  assert set(report['style_share']) >= {'base', 'aligned'}
+
+
+def test_one_device_and_eight_have_equal_losses(arguments, tmp_path):
+  losses = []
+  for data in (1, 8):
+    workdir = tmp_path / f'devices{data}'
+    argv = arguments(workdir=workdir, train__num_steps=4)
+    process = _start(argv, devices=data)
+    assert process.wait(600) == 0, process.stderr.read()
+    losses.append(_losses(workdir))
+  assert losses[0].keys() == losses[1].keys() == {1, 2, 3, 4}
+  np.testing.assert_allclose(
+    list(losses[0].values()), list(losses[1].values()), rtol=1e-5
+  )
+
+
+def _start(argv, *, devices=2):
+  environment = os.environ | {
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.pytest_cache' / 'jax'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
+    'PYTHONPATH': str(ROOT),
+  }
+  return subprocess.Popen(
+    [sys.executable, '-m', 'dpo_jax.main', *argv[1:]],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def _logged_step(workdir):
+  try:
+    return max(_losses(workdir), default=0)
+  except (OSError, ValueError):
+    return 0
+
+
+def test_killed_five_times_ends_bit_identical(arguments, tmp_path):
+  calm, killed = tmp_path / 'calm', tmp_path / 'killed'
+  steps = 12
+  process = _start(arguments(workdir=calm, train__num_steps=steps))
+  assert process.wait(600) == 0, process.stderr.read()
+  dice = random.Random(0)
+  kills = 0
+  for number in range(5):
+    process = _start(arguments(workdir=killed, train__num_steps=steps))
+    target = min(steps - 1, _logged_step(killed) + dice.randint(1, 2))
+    while _logged_step(killed) < target and process.poll() is None:
+      time.sleep(0.002)
+    time.sleep(dice.random() * 0.05)
+    process.send_signal(signal.SIGKILL)
+    kills += process.wait() == -signal.SIGKILL
+    process.stderr.close()
+    assert number + 1 == kills, 'the run ended before it was killed'
+  process = _start(arguments(workdir=killed, train__num_steps=steps))
+  assert process.wait(600) == 0, process.stderr.read()
+  final = [
+    json.loads((path / 'final.json').read_text()) for path in (calm, killed)
+  ]
+  assert final[0] == final[1]
+  assert final[0]['step'] == final[0]['data_position'] == steps
+  assert _losses(calm) == _losses(killed)
+  left = [
+    path.name
+    for path in (killed / 'checkpoints').iterdir()
+    if not path.name.isdigit()
+  ]
+  assert not left
+
+
+def test_three_plus_three_steps_equal_six_bitwise(arguments, tmp_path):
+  whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+  options = {'train__num_steps': 6, 'train__eval_every': 0}
+  assert main.run(arguments(workdir=whole, **options)) == 0
+  import dpo_jax.train.loop as loop_lib
+
+  class _Stop(Exception):
+    pass
+
+  real = loop_lib.checkpoint_lib.Checkpointer.save
+
+  def stop_after(self, step, state, position):
+    real(self, step, state, position)
+    if step == 3:
+      self.wait()
+      raise _Stop
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop_lib.checkpoint_lib.Checkpointer, 'save', stop_after)
+    with pytest.raises(_Stop):
+      main.run(arguments(workdir=parts, **options))
+  assert main.run(arguments(workdir=parts, **options)) == 0
+  final = [
+    json.loads((path / 'final.json').read_text()) for path in (whole, parts)
+  ]
+  assert final[0] == final[1]
+  assert _losses(whole) == _losses(parts)
+
+
+def test_a_nan_stops_the_run_and_names_step_and_examples(
+  arguments, tmp_path, capsys
+):
+  argv = arguments(optim__lr=1e30, optim__warmup_steps=0, optim__clip_norm=0.0)
+  assert main.run(argv) == 3
+  workdir = tmp_path / 'run'
+  (dump,) = workdir.glob('nonfinite_step_*.json')
+  record = json.loads(dump.read_text())
+  assert len(record['ids']) == len(record['epochs']) == 8
+  step = record['step']
+  error = capsys.readouterr().err
+  assert f'step {step}: ' in error and 'is not finite' in error
+  assert str(record['ids'][0]) in error
+  assert f'last good checkpoint: step {step - 1}' in error
+  kept = max(int(p.name) for p in (workdir / 'checkpoints').iterdir())
+  assert kept == step - 1
+
+
+def _error(argv, capsys):
+  """Runs a command that must fail on its input; returns its one line."""
+  capsys.readouterr()
+  assert main.run(argv) == 2
+  text = capsys.readouterr().err
+  lines = [line for line in text.splitlines() if line.startswith('error: ')]
+  assert len(lines) == 1 and 'Traceback' not in text
+  return lines[0]
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'words'),
+  [
+    ({'optim__l': 1}, ['--config.optim.l', 'did you mean optim.lr?']),
+    ({'trian__num_steps': 1}, ['trian.num_steps', 'train.num_steps?']),
+    ({'train__num_steps': 'many'}, ['train.num_steps=many', 'must be int']),
+    ({'train__num_steps': 1.5}, ['train.num_steps=1.5', 'must be int']),
+    ({'optim__lr': 'fast'}, ['optim.lr=fast', 'must be float']),
+    ({'data__flip': 'perhaps'}, ['data.flip=perhaps', 'true or false']),
+    ({'optim__name': 'lion'}, ["optim.name='lion'", 'adamw, adafactor']),
+    ({'data__holdout': 1.5}, ['data.holdout=1.5', 'below 1']),
+    ({'train__batch_size': 0}, ['train.batch_size=0', 'at least 1']),
+    ({'train__log_every': 2}, ['checkpoint_every=1', 'log_every=2']),
+    ({'train__batch_size': 12}, ['batch_size=12', '8 devices', 'multiple']),
+    ({'eval__batch_size': 12}, ['eval.batch_size=12', '8 devices']),
+    ({'mesh__data': 3}, ['mesh.data=3', '8 devices']),
+    ({'data__path': '/no/such.parquet'}, ['/no/such.parquet']),
+    ({'model__folder': '/no/such'}, ["'/no/such'", 'diffusers']),
+    ({'eval__judge': '/no/judge'}, ["eval.judge='/no/judge'"]),
+    ({'data__resolution': 18}, ['data.resolution=18', 'multiple']),
+  ],
+)
+def test_bad_settings_are_one_line(arguments, capsys, overrides, words):
+  line = _error(arguments(**overrides), capsys)
+  assert all(word in line for word in words), line
+
+
+def test_all_problems_come_at_once(arguments, capsys):
+  line = _error(arguments(optim__name='x', train__keep=0, task='y'), capsys)
+  for word in ('optim.name', 'train.keep', 'task'):
+    assert word in line
+  line = _error(arguments(optim__l=1, train__stepz=2), capsys)
+  assert 'optim.l:' in line and 'train.stepz' in line
+
+
+def test_missing_flags_are_named(capsys):
+  assert 'config' in _error(['main', '--workdir=x'], capsys)
+  line = _error(['main', '--config=configs/sd15.py'], capsys)
+  assert '--workdir' in line
+  assert 'none.py' in _error(['main', '--config=none.py'], capsys)
+  line = _error(['main', '--config=configs/sd15.py', '--wokdir=x'], capsys)
+  assert 'wokdir' in line
+
+
+def test_objective_numbers_are_checked(arguments, capsys):
+  argv = arguments('configs/quickstart.py:sft')
+  argv.append('--config.objective.name=dpo')
+  assert 'dpo takes beta' in _error(argv, capsys)
+
+
+def test_another_config_in_the_workdir_is_refused(arguments, tmp_path, capsys):
+  (tmp_path / 'run').mkdir()
+  short = {'train__num_steps': 1, 'train__eval_every': 0}
+  assert main.run(arguments(**short)) == 0
+  line = _error(arguments(**short, optim__lr=5e-4), capsys)
+  assert 'optim.lr: 0.001 -> 0.0005' in line
+
+
+def _change(table, name, array):
+  return table.set_column(table.schema.get_field_index(name), name, array)
+
+
+@pytest.mark.parametrize(
+  ('damage', 'words'),
+  [
+    ('truncated', ['not a parquet']),
+    ('no_caption', ['caption']),
+    ('text_label', ['label_0']),
+    ('bad_label', ['row 3', '0.3']),
+  ],
+)
+def test_bad_parquet_is_one_line(
+  arguments, tiny_pairs, tmp_path, capsys, damage, words
+):
+  path = tmp_path / 'bad.parquet'
+  table = pq.read_table(tiny_pairs)
+  if damage == 'no_caption':
+    table = table.drop_columns(['caption'])
+  elif damage == 'text_label':
+    table = _change(table, 'label_0', pa.array(['1'] * len(table)))
+  elif damage == 'bad_label':
+    labels = table['label_0'].to_pylist()
+    labels[3] = 0.3
+    table = _change(table, 'label_0', pa.array(labels))
+  pq.write_table(table, path)
+  if damage == 'truncated':
+    path.write_bytes(path.read_bytes()[:-100])
+  line = _error(arguments(data__path=path), capsys)
+  assert 'bad.parquet' in line
+  assert all(word.lower() in line.lower() for word in words), line
+
+
+@pytest.mark.parametrize('damage', ['missing', 'extra', 'shape', 'pickle'])
+def test_bad_weights_are_one_line(
+  arguments, tiny_folder, tmp_path, capsys, damage
+):
+  folder = tmp_path / 'broken'
+  pipeline.save(folder, base=tiny_folder, params={})
+  path = folder / 'unet' / 'diffusion_pytorch_model.safetensors'
+  tensors = safetensors_io.load(path)
+  if damage == 'missing':
+    del tensors['conv_in.bias']
+  elif damage == 'extra':
+    tensors['conv_in.extra'] = np.zeros(3, np.float32)
+  elif damage == 'shape':
+    tensors['conv_in.bias'] = np.zeros(3, np.float32)
+  path.unlink()
+  if damage == 'pickle':
+    path.write_bytes(b'\x80\x04K\x01.')
+  else:
+    safetensors_io.save(path, tensors)
+  line = _error(arguments(model__folder=folder), capsys)
+  assert 'diffusion_pytorch_model.safetensors' in line
+  if damage != 'pickle':
+    assert 'conv_in.' in line
+  else:
+    assert 'pickle' in line
+
+
+def test_the_process_exits_with_2_and_no_traceback(arguments):
+  process = _start(arguments(optim__l=1))
+  _, error = process.communicate(timeout=300)
+  assert process.returncode == 2
+  assert 'Traceback' not in error and 'did you mean optim.lr?' in error
