@@ -54,10 +54,14 @@ def get_config() -> ml_collections.ConfigDict:
   c.vae.kl_weight = 1e-6
 
   c.classifier = ml_collections.ConfigDict()
-  # Task classify: channels of the stages, noise level and shift in pixels of
-  # its augmentation.
+  # Task classify: channels of the convolutional and of the colour branch.
   c.classifier.widths = (16, 32, 64)
+  c.classifier.palette = ()
+  # Its augmentation: noise and gain in [-1, 1] units, share of a box blur,
+  # shift in pixels, each at most.
   c.classifier.noise = 0.1
+  c.classifier.gain = 0.1
+  c.classifier.blur = 0.8
   c.classifier.shift = 3
 
   c.optim = ml_collections.ConfigDict()

@@ -52,6 +52,8 @@ RANGES = {
   'denoise.min_snr_gamma': (0, math.inf),
   'vae.kl_weight': (0, math.inf),
   'classifier.noise': (0, math.inf),
+  'classifier.gain': (0, math.inf),
+  'classifier.blur': (0, 1),
   'classifier.shift': (0, math.inf),
   'optim.lr': (0, math.inf),
   'optim.warmup_steps': (0, math.inf),
@@ -279,6 +281,7 @@ def _make_classify(config, style_names):
   settings = classifier.ImageClassifierConfig(
     classes=tuple(style_names),
     widths=tuple(config.classifier.widths),
+    palette=tuple(config.classifier.palette),
     image_size=config.data.resolution,
   )
   module = classifier.ImageClassifier(settings)
@@ -290,6 +293,8 @@ def _make_classify(config, style_names):
     classifier=module,
     params=params,
     noise=config.classifier.noise,
+    gain=config.classifier.gain,
+    blur=config.classifier.blur,
     shift=config.classifier.shift,
   ), {'classifier': params}
 

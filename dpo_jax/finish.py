@@ -82,6 +82,7 @@ def _finish_classify(job, result, path):
     config={
       'classes': list(job.all_images.style_names),
       'widths': list(job.record['classifier']['widths']),
+      'palette': list(job.record['classifier']['palette']),
       'image_size': job.record['data']['resolution'],
     },
     params=_trained(result)['classifier'],
@@ -142,7 +143,8 @@ def _prompts(job: build.Job) -> tuple[list[str], np.ndarray]:
   return captions, np.arange(len(captions), dtype=np.uint32)
 
 
-def _sample(job: build.Job, params: types.Params, captions, seeds):
+def _make_sampler(job: build.Job, captions, seeds):
+  """params -> uint8 images of these captions and seeds; compiled once."""
   settings = job.record['eval']
   sample_fn = generate.make_sample_fn(
     job.model,
@@ -151,17 +153,20 @@ def _sample(job: build.Job, params: types.Params, captions, seeds):
     num_steps=settings['num_steps'],
     guidance_scale=settings['guidance_scale'],
   )
-  placed = jax.device_put(params, sharding.replicated(job.mesh))
-  return generate.generate(
-    sample_fn,
-    placed,
-    job.tokenizer.encode(captions)[0],
-    job.tokenizer.encode([''])[0][0],
-    seeds,
-    seed=job.record['seed'],
-    batch_size=settings['batch_size'],
-    mesh=job.mesh,
-  )
+
+  def sample(params):
+    return generate.generate(
+      sample_fn,
+      jax.device_put(params, sharding.replicated(job.mesh)),
+      job.tokenizer.encode(captions)[0],
+      job.tokenizer.encode([''])[0][0],
+      seeds,
+      seed=job.record['seed'],
+      batch_size=settings['batch_size'],
+      mesh=job.mesh,
+    )
+
+  return sample
 
 
 def _quality(job: build.Job, images, captions) -> dict[str, float]:
@@ -190,7 +195,7 @@ def _finish_denoise(job, result, path):
     dtype=job.record['export']['dtype'],
   )
   captions, seeds = _prompts(job)
-  images = _sample(job, job.params | trained, captions, seeds)
+  images = _make_sampler(job, captions, seeds)(job.params | trained)
   quality = _quality(job, images, captions) | {
     'n': len(captions),
     'settings': job.record['eval'],
@@ -226,10 +231,11 @@ def _finish_preference(job, result, path):
     dtype=job.record['export']['dtype'],
   )
   captions, seeds = _prompts(job)
+  sample = _make_sampler(job, captions, seeds)
   with progress.Progress(0, 3, label='evaluate') as bar:
-    base = _sample(job, job.params, captions, seeds)
+    base = sample(job.params)
     bar.update(1, {})
-    aligned = _sample(job, job.params | trained, captions, seeds)
+    aligned = sample(job.params | trained)
     bar.update(2, {})
     accuracy = _implicit_accuracy(job, trained)
     bar.update(3, {})

@@ -62,7 +62,11 @@ def _check_types(
 def _parse(argv: Sequence[str]) -> flags.FlagValues:
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
-    'config', None, 'Recipe, for instance configs/sd15.py.', flag_values=values
+    'config',
+    None,
+    'Recipe, for instance configs/sd15.py.',
+    flag_values=values,
+    sys_argv=list(argv),
   )
   flags.DEFINE_string('workdir', None, 'Output folder.', flag_values=values)
   values(list(argv))

@@ -15,13 +15,17 @@ class ImageClassifierConfig:
   """Shape of an ImageClassifier.
 
   classes: names of the classes, in the order of the logits.
-  widths: channels of each stage; a stage halves the resolution.
+  widths: channels of each stage of the convolutional branch; a stage halves
+    the resolution. Empty: no such branch.
+  palette: channels of the layers that look at one pixel at a time; their
+    mean is a learned histogram of colours. Empty: no such branch.
   image_size: side in pixels of the square images it judges.
   num_groups: groups of every GroupNorm; divides each width.
   """
 
   classes: tuple[str, ...]
   widths: tuple[int, ...] = (16, 32, 64)
+  palette: tuple[int, ...] = ()
   image_size: int = 32
   num_groups: int = 8
 
@@ -37,8 +41,13 @@ class ImageClassifierConfig:
         raise ValueError(
           f'{name}: got {getattr(self, name)!r}; give a positive integer'
         )
-    if not self.widths or not all(map(_is_positive_int, self.widths)):
-      raise ValueError(f'widths: got {self.widths!r}; give positive integers')
+    for name in ('widths', 'palette'):
+      if not all(map(_is_positive_int, getattr(self, name))):
+        raise ValueError(
+          f'{name}: got {getattr(self, name)!r}; give positive integers'
+        )
+    if not self.widths and not self.palette:
+      raise ValueError('widths and palette: both are empty; give one of them')
     uneven = [w for w in self.widths if w % self.num_groups]
     if uneven:
       raise ValueError(
@@ -64,7 +73,7 @@ class ImageClassifierConfig:
       raise ValueError(f'unknown option {unknown}; allowed: {allowed}')
     if 'classes' not in config:
       raise ValueError('classes: missing; give the class names in order')
-    for name in ('classes', 'widths'):
+    for name in ('classes', 'widths', 'palette'):
       if not isinstance(config.get(name, []), (list, tuple)):
         raise ValueError(f'{name}: got {config[name]!r}; give a list')
     return cls(
@@ -76,9 +85,10 @@ class ImageClassifier(nn.Module):
   """Convolutional classifier of drawing style.
 
   The first convolution keeps full resolution, because style sits in edges,
-  gradients and palette; averaging over all positions at the end makes what
-  is drawn, and where, matter little. GroupNorm sees one image at a time, so
-  a verdict does not depend on the rest of the batch.
+  gradients and palette; another branch sees colours alone. Averaging over all
+  positions at the end makes what is drawn, and where, matter little. GroupNorm
+  sees one image at a time, so a verdict does not depend on the rest of the
+  batch.
   """
 
   config: ImageClassifierConfig
@@ -98,12 +108,28 @@ class ImageClassifier(nn.Module):
         f'images: got shape {images.shape}; this classifier takes '
         f'[n, {side}, {side}, 3]'
       )
-    hidden = images.astype(self.dtype)
-    for stage, width in enumerate(self.config.widths):
-      hidden = self._block(hidden, width, 1, f'stage_{stage}')
-      hidden = self._block(hidden, width, 2, f'stage_{stage}_down')
+    branches = []
+    if self.config.widths:
+      hidden = images.astype(self.dtype)
+      for stage, width in enumerate(self.config.widths):
+        hidden = self._block(hidden, width, 1, f'stage_{stage}')
+        hidden = self._block(hidden, width, 2, f'stage_{stage}_down')
+      branches.append(hidden)
+    if self.config.palette:
+      # Not normalised: what counts is the colour itself. Scaled up, so that
+      # the first layer can part near colours.
+      hidden = 4.0 * images.astype(self.dtype)
+      for layer, width in enumerate(self.config.palette):
+        name = f'palette_{layer}'
+        hidden = nn.silu(nn.Dense(width, dtype=self.dtype, name=name)(hidden))
+      branches.append(hidden)
     # Pooling and logits in float32 whatever the compute dtype.
-    pooled = jnp.mean(hidden.astype(jnp.float32), axis=(1, 2))
+    pooled = jnp.concatenate(
+      [jnp.mean(x.astype(jnp.float32), axis=(1, 2)) for x in branches], -1
+    )
+    if self.config.palette:
+      width = self.config.palette[-1]
+      pooled = nn.silu(nn.Dense(width, dtype=jnp.float32, name='mix')(pooled))
     return nn.Dense(
       len(self.config.classes), dtype=jnp.float32, name='classifier'
     )(pooled)

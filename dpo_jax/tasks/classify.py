@@ -12,16 +12,24 @@ from dpo_jax import types
 
 
 def augment(
-  images: jax.Array, draws: types.Key, *, noise: float, shift: int
+  images: jax.Array,
+  draws: types.Key,
+  *,
+  noise: float,
+  gain: float,
+  blur: float,
+  shift: int,
 ) -> jax.Array:
   """Random flip, shift, brightness, blur and noise, one draw an image.
 
   images [b H W 3] in [-1, 1]. A generator's pictures are a little softer and
-  noisier than real ones: the judge must not hang on that.
+  noisier than real ones: the judge must not hang on that. noise: standard
+  deviation at most, gain: of the distance from white in each channel, blur:
+  share of a 3x3 box mean at most, shift: pixels at most.
   """
 
   def one(image, key):
-    flip, move, light, blur, amount, grain = jax.random.split(key, 6)
+    flip, move, light, soft, amount, grain = jax.random.split(key, 6)
     image = jnp.where(jax.random.bernoulli(flip), image[:, ::-1], image)
     offset = jax.random.randint(move, (2,), -shift, shift + 1)
     # Wrapping is harmless on pictures with a plain border.
@@ -32,11 +40,11 @@ def augment(
       for i in range(3)
       for j in range(3)
     )
-    mix = jax.random.uniform(blur) * 0.8
+    mix = blur * jax.random.uniform(soft)
     image = (1 - mix) * image + mix * around / 9
-    gain = 1 + 0.1 * jax.random.normal(light, (3,))
+    scale = 1 + gain * jax.random.normal(light, (3,))
     level = noise * jax.random.uniform(amount)
-    image = 1 - gain * (1 - image)
+    image = 1 - scale * (1 - image)
     image += level * jax.random.normal(grain, image.shape)
     return jnp.clip(image, -1.0, 1.0)
 
@@ -48,9 +56,14 @@ def make_task(
   classifier: nn.Module,
   params: types.Params,
   noise: float,
+  gain: float,
+  blur: float,
   shift: int,
 ) -> task_lib.Task:
-  """Cross entropy of logits [b k] with `batch['label']` [b]."""
+  """Cross entropy of logits [b k] with `batch['label']` [b].
+
+  The pictures are augmented (see `augment`) in training only.
+  """
 
   def score(params, images, labels):
     logits = classifier.apply({'params': params['classifier']}, images)
@@ -66,7 +79,12 @@ def make_task(
       batch['epoch'],
     )
     images = augment(
-      sd_lib.to_float(batch['images']), draws, noise=noise, shift=shift
+      sd_lib.to_float(batch['images']),
+      draws,
+      noise=noise,
+      gain=gain,
+      blur=blur,
+      shift=shift,
     )
     return score(params, images, batch['label'])
 
