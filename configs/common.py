@@ -72,6 +72,8 @@ def get_config() -> ml_collections.ConfigDict:
   # constant | linear | cosine, after a linear warmup of so many steps.
   c.optim.schedule = 'constant'
   c.optim.warmup_steps = 500
+  # Length of the decay in steps, warmup included; 0 is train.num_steps.
+  c.optim.decay_steps = 0
   c.optim.b1 = 0.9
   c.optim.b2 = 0.999
   c.optim.eps = 1e-8

@@ -57,6 +57,7 @@ RANGES = {
   'classifier.shift': (0, math.inf),
   'optim.lr': (0, math.inf),
   'optim.warmup_steps': (0, math.inf),
+  'optim.decay_steps': (0, math.inf),
   'optim.b1': (0, 1),
   'optim.b2': (0, 1),
   'optim.eps': (0, math.inf),
@@ -352,7 +353,7 @@ def build(config: ml_collections.ConfigDict) -> Job:
     name=config.optim.schedule,
     learning_rate=config.optim.lr,
     warmup_steps=config.optim.warmup_steps,
-    num_steps=config.train.num_steps,
+    num_steps=config.optim.decay_steps or config.train.num_steps,
   )
   optimizer = optimizer_lib.make_optimizer(
     name=config.optim.name,
