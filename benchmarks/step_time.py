@@ -16,7 +16,7 @@ import time
 
 import jax
 
-from dpo_jax import build, flags, sharding
+from dpo_jax import build, flags, limits, sharding
 from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
 
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     argv = [*argv, f'--workdir={tempfile.gettempdir()}']
   try:
     config, _ = flags.parse(argv)
-    record = build.validate(config)
+    record = limits.validate(config)
     job = build.build(config)
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)

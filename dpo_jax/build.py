@@ -1,11 +1,7 @@
-"""The only reader of a run's config: validates it, builds plain objects."""
+"""Builds plain objects from a run's config; nothing below reads a config."""
 
 import dataclasses
 import functools
-import inspect
-import json
-import math
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,70 +10,20 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dpo_jax import sharding
+from dpo_jax import limits, sharding
 from dpo_jax import stable_diffusion as sd_lib
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import pairs as pairs_lib
 from dpo_jax.data import tokenizer as tokenizer_lib
-from dpo_jax.diffusion import samplers
 from dpo_jax.diffusion import schedule as schedule_lib
 from dpo_jax.evaluate import judge as judge_lib
 from dpo_jax.models import classifier, clip, unet, vae
-from dpo_jax.objectives import dpo, sft
 from dpo_jax.tasks import autoencode, classify, denoise, preference
 from dpo_jax.train import loop as loop_lib
 from dpo_jax.train import optimizer as optimizer_lib
 from dpo_jax.weights import classifiers, diffusers_maps, pipeline
 
-OBJECTIVES = {'dpo': dpo.dpo, 'sft': sft.sft}
-TASKS = ('preference', 'denoise', 'autoencode', 'classify')
 COMPONENTS = tuple(diffusers_maps.COMPONENTS)
-CHOICES = {
-  'task': TASKS,
-  'model.dtype': ('float32', 'bfloat16'),
-  'model.remat': unet.REMAT,
-  'objective.name': tuple(OBJECTIVES),
-  'optim.name': optimizer_lib.OPTIMIZERS,
-  'optim.schedule': optimizer_lib.SCHEDULES,
-  'eval.sampler': samplers.SAMPLERS,
-  'export.dtype': tuple(diffusers_maps.DTYPES),
-}
-# Inclusive lower and exclusive upper bounds.
-RANGES = {
-  'seed': (0, 2**31),
-  'data.holdout': (0, 1),
-  'data.resolution': (1, math.inf),
-  'data.prompt_dropout': (0, 1),
-  'objective.reward_beta': (0, math.inf),
-  'denoise.min_snr_gamma': (0, math.inf),
-  'vae.kl_weight': (0, math.inf),
-  'classifier.noise': (0, math.inf),
-  'classifier.gain': (0, math.inf),
-  'classifier.blur': (0, 1),
-  'classifier.shift': (0, math.inf),
-  'optim.lr': (0, math.inf),
-  'optim.warmup_steps': (0, math.inf),
-  'optim.decay_steps': (0, math.inf),
-  'optim.b1': (0, 1),
-  'optim.b2': (0, 1),
-  'optim.eps': (0, math.inf),
-  'optim.weight_decay': (0, math.inf),
-  'optim.clip_norm': (0, math.inf),
-  'optim.ema_decay': (0, 1),
-  'train.num_steps': (1, math.inf),
-  'train.batch_size': (1, math.inf),
-  'train.accumulate': (1, math.inf),
-  'train.log_every': (1, math.inf),
-  'train.eval_every': (0, math.inf),
-  'train.checkpoint_every': (1, math.inf),
-  'train.keep': (1, math.inf),
-  'eval.num_prompts': (1, math.inf),
-  'eval.images_per_prompt': (1, math.inf),
-  'eval.num_steps': (1, math.inf),
-  'eval.guidance_scale': (1, math.inf),
-  'eval.batch_size': (1, math.inf),
-  'eval.num_draws': (1, math.inf),
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,80 +50,6 @@ class Job:
   held_images: pairs_lib.CaptionedImages
   train_pairs: pairs_lib.Pairs | None = None
   held_batches: Callable | None = None
-
-
-def _leaf(config: ml_collections.ConfigDict, key: str) -> Any:
-  return functools.reduce(lambda node, name: node[name], key.split('.'), config)
-
-
-def validate(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """The config as JSON types; touches no device and reads no data.
-
-  Raises ValueError with every problem found, each naming its key.
-  """
-  problems = []
-  for key, allowed in CHOICES.items():
-    if _leaf(config, key) not in allowed:
-      problems.append(
-        f'{key}={_leaf(config, key)!r}: allowed are {", ".join(allowed)}'
-      )
-  for key, (low, high) in RANGES.items():
-    value = _leaf(config, key)
-    if not low <= value < high:
-      top = '' if high == math.inf else f' and below {high}'
-      problems.append(f'{key}={value!r}: must be at least {low}{top}')
-  problems += _check_objective(config) + _check_sources(config)
-  if config.train.checkpoint_every % config.train.log_every:
-    problems.append(
-      f'train.checkpoint_every={config.train.checkpoint_every}: must be a '
-      f'multiple of train.log_every={config.train.log_every}'
-    )
-  if problems:
-    raise ValueError('; '.join(problems))
-  return json.loads(config.to_json_best_effort())
-
-
-def _check_objective(config) -> list[str]:
-  function = OBJECTIVES.get(config.objective.name)
-  if function is None:
-    return []
-  wanted = {
-    name
-    for name, parameter in inspect.signature(function).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-  }
-  given = set(config.objective.numbers.keys())
-  if wanted == given:
-    return []
-  takes = ', '.join(sorted(wanted)) or 'no numbers'
-  return [
-    f'objective.numbers has {", ".join(sorted(given)) or "nothing"}: '
-    f'{config.objective.name} takes {takes}'
-  ]
-
-
-def _check_sources(config) -> list[str]:
-  problems = []
-  unknown = set(config.model.random_init) - set(COMPONENTS)
-  if unknown:
-    problems.append(
-      f'model.random_init={sorted(unknown)}: allowed are '
-      + ', '.join(COMPONENTS)
-    )
-  if not config.data.path:
-    problems.append('data.path is empty: name parquet files of pairs')
-  if config.task != 'classify':
-    folder = pathlib.Path(config.model.folder)
-    if not config.model.folder:
-      problems.append('model.folder is empty: name a diffusers folder')
-    elif not folder.is_dir():
-      problems.append(
-        f'model.folder={config.model.folder!r}: no such folder; give a '
-        'Stable Diffusion model in the diffusers layout'
-      )
-  if config.eval.judge and not pathlib.Path(config.eval.judge).is_dir():
-    problems.append(f'eval.judge={config.eval.judge!r}: no such folder')
-  return problems
 
 
 def make_model(
@@ -263,7 +135,7 @@ def _make_task(config, model, params, empty_ids):
   }
   if config.task == 'preference':
     objective = functools.partial(
-      OBJECTIVES[config.objective.name], **config.objective.numbers
+      limits.OBJECTIVES[config.objective.name], **config.objective.numbers
     )
     return preference.make_task(
       objective=objective,
@@ -376,7 +248,7 @@ def build(config: ml_collections.ConfigDict) -> Job:
     keep=config.train.keep,
   )
   return Job(
-    record=validate(config),
+    record=limits.validate(config),
     loop_arguments={
       'task': task,
       'optimizer': optimizer,

@@ -4,7 +4,7 @@ import sys
 
 import jax
 
-from dpo_jax import build, finish, flags
+from dpo_jax import build, finish, flags, limits
 from dpo_jax.train import loop, workdir
 
 USAGE_ERROR, RUN_ERROR = 2, 3
@@ -18,7 +18,7 @@ def run(argv: list[str]) -> int:
   """
   try:
     config, folder = flags.parse(argv)
-    record = build.validate(config)
+    record = limits.validate(config)
     with workdir.Workdir(folder, config=record) as place:
       print(place.describe(jax.devices()), file=sys.stderr)
       job = build.build(config)
