@@ -172,55 +172,8 @@ def _make_classify(config, style_names):
   ), {'classifier': params}
 
 
-def build(config: ml_collections.ConfigDict) -> Job:
-  """Reads model and data and wires a run.
-
-  Raises ValueError naming file and reason for bad weights or data, and for
-  sizes that do not fit the devices.
-  """
-  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-  devices = mesh.devices.size
-  sharding.check_batch_size(
-    config.train.batch_size, config.train.accumulate, devices
-  )
-  if config.eval.batch_size % devices:
-    raise ValueError(
-      f'eval.batch_size={config.eval.batch_size} is not divisible by '
-      f'{devices} devices; use a multiple of {devices}'
-    )
-  paired = config.task == 'preference'
-  pairs = pairs_lib.read_parquet(config.data.path) if paired else None
-  all_images = pairs_lib.read_images(config.data.path)
-  train_images, held_images = _split(all_images, config.data.holdout)
-  if config.task == 'classify':
-    model, tokenizer, judge = None, _NoTokenizer(), None
-    task, params = _make_classify(config, all_images.style_names)
-  else:
-    parts = pipeline.load(
-      config.model.folder, without=tuple(config.model.random_init)
-    )
-    model = make_model(
-      parts, dtype=config.model.dtype, remat=config.model.remat
-    )
-    params = _init_missing(parts, config.model.random_init, config.seed)
-    tokenizer = tokenizer_lib.load(parts.tokenizer_folder)
-    judge = _load_judge(config)
-    empty_ids = tokenizer.encode([''])[0][0]
-    task = _make_task(config, model, params, empty_ids)
-  train, held = train_images, held_images
-  if paired:
-    train, held = _split(pairs, config.data.holdout)
-  make_loader = functools.partial(
-    loader_lib.make_pair_loader if paired else loader_lib.make_image_loader,
-    tokenizer=tokenizer,
-    seed=config.seed,
-    resolution=config.data.resolution,
-  )
-  held_batches = _eval_batches(
-    functools.partial(make_loader, random_crop=False, flip=False),
-    held,
-    config.eval.batch_size,
-  )
+def _make_optimizer(config):
+  """(optimizer, schedule of its rate)."""
   schedule = optimizer_lib.make_schedule(
     name=config.optim.schedule,
     learning_rate=config.optim.lr,
@@ -236,16 +189,95 @@ def build(config: ml_collections.ConfigDict) -> Job:
     weight_decay=config.optim.weight_decay,
     clip_norm=config.optim.clip_norm,
   )
+  return optimizer, schedule
+
+
+def _make_mesh(config):
+  """The mesh, once the batch sizes are known to fit it."""
+  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+  devices = mesh.devices.size
+  sharding.check_batch_size(
+    config.train.batch_size, config.train.accumulate, devices
+  )
+  if config.eval.batch_size % devices:
+    raise ValueError(
+      f'eval.batch_size={config.eval.batch_size} is not divisible by '
+      f'{devices} devices; use a multiple of {devices}'
+    )
+  return mesh
+
+
+def _make_diffusion(config):
+  """(model, parameters, tokenizer, task) of a pipeline folder."""
+  parts = pipeline.load(
+    config.model.folder, without=tuple(config.model.random_init)
+  )
+  model = make_model(parts, dtype=config.model.dtype, remat=config.model.remat)
+  params = _init_missing(parts, config.model.random_init, config.seed)
+  tokenizer = tokenizer_lib.load(parts.tokenizer_folder)
+  empty_ids = tokenizer.encode([''])[0][0]
+  task = _make_task(config, model, params, empty_ids)
+  return model, params, tokenizer, task
+
+
+def _make_loaders(config, train, held, tokenizer):
+  """(endless training batches, held-out batches by epoch)."""
+  make_loader = functools.partial(
+    loader_lib.make_pair_loader
+    if config.task == 'preference'
+    else loader_lib.make_image_loader,
+    tokenizer=tokenizer,
+    seed=config.seed,
+    resolution=config.data.resolution,
+  )
+  plain = functools.partial(make_loader, random_crop=False, flip=False)
+  loader = make_loader(
+    train,
+    batch_size=config.train.batch_size,
+    random_crop=config.data.random_crop,
+    flip=config.data.flip,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  return loader, _eval_batches(plain, held, config.eval.batch_size)
+
+
+def build(config: ml_collections.ConfigDict) -> Job:
+  """Reads model and data and wires a run.
+
+  Raises ValueError naming file and reason for bad weights or data, and for
+  sizes that do not fit the devices.
+  """
+  mesh = _make_mesh(config)
+  paired = config.task == 'preference'
+  pairs = pairs_lib.read_parquet(config.data.path) if paired else None
+  all_images = pairs_lib.read_images(config.data.path)
+  train, held_images = _split(all_images, config.data.holdout)
+  held = held_images
+  if paired:
+    train, held = _split(pairs, config.data.holdout)
+  if config.task == 'classify':
+    model, tokenizer = None, _NoTokenizer()
+    task, params = _make_classify(config, all_images.style_names)
+  else:
+    model, params, tokenizer, task = _make_diffusion(config)
+  loader, held_batches = _make_loaders(config, train, held, tokenizer)
+  optimizer, schedule = _make_optimizer(config)
   options = loop_lib.Options(
     seed=config.seed,
-    num_steps=config.train.num_steps,
-    batch_size=config.train.batch_size,
-    accumulate=config.train.accumulate,
     ema_decay=config.optim.ema_decay,
-    log_every=config.train.log_every,
-    eval_every=config.train.eval_every,
-    checkpoint_every=config.train.checkpoint_every,
-    keep=config.train.keep,
+    **{
+      name: config.train[name]
+      for name in (
+        'num_steps',
+        'batch_size',
+        'accumulate',
+        'log_every',
+        'eval_every',
+        'checkpoint_every',
+        'keep',
+      )
+    },
   )
   return Job(
     record=limits.validate(config),
@@ -253,14 +285,7 @@ def build(config: ml_collections.ConfigDict) -> Job:
       'task': task,
       'optimizer': optimizer,
       'schedule': schedule,
-      'loader': make_loader(
-        train,
-        batch_size=config.train.batch_size,
-        random_crop=config.data.random_crop,
-        flip=config.data.flip,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-      ),
+      'loader': loader,
       'eval_batches': held_batches,
       'options': options,
       'mesh': mesh,
@@ -269,7 +294,7 @@ def build(config: ml_collections.ConfigDict) -> Job:
     model=model,
     params=params,
     tokenizer=tokenizer,
-    judge=judge,
+    judge=_load_judge(config),
     all_images=all_images,
     held_images=held_images,
     train_pairs=train if paired else None,

@@ -1,6 +1,7 @@
 """The command line: config file, overrides, workdir, and clear errors."""
 
 import difflib
+import pathlib
 from collections.abc import Iterator, Sequence
 
 import ml_collections
@@ -73,6 +74,25 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
   return values
 
 
+def _tidy(error: Exception) -> str:
+  """The message on one line, without the traceback absl puts into it."""
+  text = ' '.join(str(error).split())
+  if 'Traceback' in text:
+    text = f'--config: {text.rsplit("Error: ", 1)[-1]}'
+  return text
+
+
+def _check_recipe(argv: Sequence[str]) -> None:
+  """Raises ValueError when the named config file is not there."""
+  for i, word in enumerate(argv):
+    name, equals, value = word.lstrip('-').partition('=')
+    if word.startswith('-') and name == 'config':
+      value = value if equals else ' '.join(argv[i + 1 : i + 2])
+      path = value.partition(':')[0]
+      if not pathlib.Path(path).is_file():
+        raise ValueError(f'--config={value}: there is no file {path!r}')
+
+
 def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, str]:
   """(locked config with overrides applied, workdir) of a command line.
 
@@ -91,10 +111,11 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, str]:
       and '=' not in argv[i - 1]
     )
   ]
+  _check_recipe(argv)
   try:
     values = _parse(plain)
   except (flags.Error, OSError, ImportError, AttributeError) as error:
-    raise ValueError(' '.join(str(error).split())) from error
+    raise ValueError(_tidy(error)) from error
   if values.config is None:
     raise ValueError('--config is missing: name a recipe in configs/')
   if not values.workdir:
@@ -108,5 +129,5 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, str]:
   try:
     values = _parse(argv)
   except (flags.Error, TypeError, ValueError) as error:
-    raise ValueError(' '.join(str(error).split())) from error
+    raise ValueError(_tidy(error)) from error
   return values.config.lock(), values.workdir

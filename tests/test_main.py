@@ -359,6 +359,9 @@ def test_missing_flags_are_named(capsys):
   assert 'none.py' in _error(['main', '--config=none.py'], capsys)
   line = _error(['main', '--config=configs/sd15.py', '--wokdir=x'], capsys)
   assert 'wokdir' in line
+  bad = ['main', '--config=configs/sd15.py:fast', '--workdir=x']
+  line = _error(bad, capsys)
+  assert "variant 'fast': allowed are official_code, paper" in line
 
 
 def test_objective_numbers_are_checked(arguments, capsys):

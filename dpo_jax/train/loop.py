@@ -1,5 +1,6 @@
 """The training loop: data in, steps, logs, checkpoints, and a clear stop."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -67,11 +68,9 @@ class Result:
 
 
 def _check_finite(
-  pending: tuple | None, workdir: pathlib.Path, last_saved: int | None
+  pending: tuple, workdir: pathlib.Path, last_saved: int | None
 ) -> None:
   """Raises NonFiniteLossError for a bad step, after dumping its batch."""
-  if pending is None:
-    return
   step, metrics, batch = pending
   names = [
     name
@@ -143,6 +142,65 @@ def _restore_or_start(task, optimizer, options, mesh, checkpointer, loader):
   return state
 
 
+class _Log:
+  """Means over the log window, the rates, and who writes them."""
+
+  def __init__(self, workdir, *, first, options, schedule):
+    self._writer = metrics_lib.Writer(workdir, step=first)
+    self._window = metrics_lib.Window()
+    self._options, self._schedule = options, schedule
+    self._started = time.monotonic()
+    self.restart_clock(first)
+
+  def restart_clock(self, step):
+    """Rates count from here: what came before was no training."""
+    self._mark, self._marked = time.monotonic(), step
+
+  def add(self, metrics):
+    self._window.add({name: float(value) for name, value in metrics.items()})
+
+  def write(self, step) -> dict[str, float]:
+    """Writes and returns the window's means."""
+    now = time.monotonic()
+    values = self._window.take() | {'lr': float(self._schedule(step - 1))}
+    if step > self._marked:
+      rate = (step - self._marked) / (now - self._mark)
+      values |= {
+        'time/steps_per_second': rate,
+        'time/examples_per_second': rate * self._options.batch_size,
+      }
+    values['time/seconds'] = now - self._started
+    self._writer.write(step, values)
+    self.restart_clock(step)
+    return values
+
+  def write_eval(self, step, values):
+    if values:
+      self._writer.write(step, values)
+    self.restart_clock(step)
+
+  def close(self):
+    self._writer.close()
+
+
+def _make_evaluate(task, frozen, eval_batches, key, mesh):
+  """state -> metrics `eval/NAME/...` of all the task's evaluators."""
+  steps = {
+    name: jax.jit(step_lib.make_eval_step(fn))
+    for name, fn in task.evaluators.items()
+  }
+
+  def run_all(state):
+    params = state_lib.final_params(state)
+    values = {}
+    for name, fn in steps.items():
+      means = evaluate(fn, params, frozen, eval_batches(), key, mesh)
+      values |= {f'eval/{name}/{k}': v for k, v in means.items()}
+    return values
+
+  return run_all
+
+
 def run(
   *,
   task: task_lib.Task,
@@ -166,41 +224,29 @@ def run(
   state = _restore_or_start(
     task, optimizer, options, mesh, checkpointer, loader
   )
-  first = int(state.step)
+  first, last_saved = int(state.step), checkpointer.latest_step()
   frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
   key = jax.device_put(jax.random.key(options.seed), sharding.replicated(mesh))
-  train_step = jax.jit(
-    step_lib.make_step(
-      task.loss,
-      optimizer,
-      accumulate=options.accumulate,
-      ema_decay=options.ema_decay,
-    ),
-    donate_argnums=0,
-    out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
+  step_fn = step_lib.make_step(
+    task.loss,
+    optimizer,
+    accumulate=options.accumulate,
+    ema_decay=options.ema_decay,
   )
-  eval_steps = {
-    name: jax.jit(step_lib.make_eval_step(fn))
-    for name, fn in task.evaluators.items()
-  }
-  writer = metrics_lib.Writer(workdir, step=first)
-  window = metrics_lib.Window()
+  placement = jax.tree.map(lambda leaf: leaf.sharding, state)
+  train_step = jax.jit(
+    step_fn, donate_argnums=0, out_shardings=(placement, None)
+  )
+  evaluate_all = _make_evaluate(task, frozen, eval_batches, key, mesh)
+  log = _Log(workdir, first=first, options=options, schedule=schedule)
   started = time.monotonic()
   compile_seconds, pending = 0.0, None
-  last_saved = checkpointer.latest_step()
-  position = loader.get_state()
-
-  def log_eval(step):
-    params = state_lib.final_params(state)
-    values = {}
-    for name, fn in eval_steps.items():
-      means = evaluate(fn, params, frozen, eval_batches(), key, mesh)
-      values |= {f'eval/{name}/{k}': v for k, v in means.items()}
-    if values:
-      writer.write(step, values)
-
-  with progress_lib.Progress(first, options.num_steps) as progress:
-    mark, marked = time.monotonic(), first
+  # However the loop ends, a save under way is finished first.
+  with (
+    contextlib.closing(checkpointer),
+    contextlib.closing(log),
+    progress_lib.Progress(first, options.num_steps) as progress,
+  ):
     for step in range(first + 1, options.num_steps + 1):
       batch = next(loader)
       before = time.monotonic()
@@ -210,46 +256,34 @@ def run(
       if step == first + 1:
         jax.block_until_ready(metrics)
         compile_seconds = time.monotonic() - before
-        mark, marked = time.monotonic(), step
+        log.restart_clock(step)
       # One step late, so that the device always has work queued.
-      _check_finite(pending, workdir, last_saved)
-      if pending is not None:
-        window.add({k: float(v) for k, v in pending[1].items()})
+      _settle(pending, log, workdir, last_saved)
       pending = (step, metrics, batch)
-      position = loader.get_state()
       last = step == options.num_steps
-      log = step % options.log_every == 0 or last
-      save = checkpointer.due(step, last=last)
-      if log or save or step == first + 1:
-        _check_finite(pending, workdir, last_saved)
-        window.add({k: float(v) for k, v in metrics.items()})
+      due = step == 1 or last or step % options.log_every == 0
+      if due or checkpointer.due(step, last=last):
+        _settle(pending, log, workdir, last_saved)
         pending = None
-      if log or step == 1:
-        now = time.monotonic()
-        values = window.take() | {'lr': float(schedule(step - 1))}
-        if step > marked:
-          rate = (step - marked) / (now - mark)
-          values |= {
-            'time/steps_per_second': rate,
-            'time/examples_per_second': rate * options.batch_size,
-          }
-        values['time/seconds'] = now - started
-        writer.write(step, values)
-        progress.update(step, values)
-        mark, marked = now, step
-      if save:
-        checkpointer.save(step, state, position)
+      if due:
+        progress.update(step, log.write(step))
+      if checkpointer.due(step, last=last):
+        checkpointer.save(step, state, loader.get_state())
         last_saved = step
       if last or (options.eval_every and step % options.eval_every == 0):
-        log_eval(step)
-        mark, marked = time.monotonic(), step
-  checkpointer.close()
-  writer.close()
+        log.write_eval(step, evaluate_all(state))
   jax.block_until_ready(state)
   return Result(
     state=state,
-    position=position,
+    position=loader.get_state(),
     seconds=time.monotonic() - started,
     compile_seconds=compile_seconds,
     steps=options.num_steps - first,
   )
+
+
+def _settle(pending, log, workdir, last_saved):
+  """Checks a finished step and takes its metrics into the window."""
+  if pending is not None:
+    _check_finite(pending, workdir, last_saved)
+    log.add(pending[1])
