@@ -1,11 +1,12 @@
 """Time, FLOP/s and memory of the training step of a config.
 
-  python benchmarks/step_time.py --config=configs/quickstart.py [--steps=20]
+  python -m benchmarks.step_time --config=configs/quickstart.py [--steps=20]
 
 Prints one table: compile time apart, then the median, fastest and slowest
 step after a warm-up, examples a second, model FLOP/s and peak memory. FLOPs
-are counted by the compiler for the step without remat; a step that
-accumulates is counted once a microbatch. Overrides as for dpo_jax.main.
+are those the compiler counts over all devices, matrix products and the rest;
+with model.remat=full they include what is computed again, and the table says
+so. Overrides as for dpo_jax.main.
 """
 
 import resource
@@ -28,12 +29,13 @@ def _take(argv: list[str], name: str, default: int) -> tuple[list[str], int]:
   return rest, int(values[-1].removeprefix(prefix)) if values else default
 
 
-def _flops(compiled, accumulate: int) -> float:
+def _flops(compiled, accumulate: int, devices: int) -> float:
   analysis = compiled.cost_analysis() or {}
   if isinstance(analysis, list):
     analysis = analysis[0]
-  # The body of the accumulation loop is counted once by the compiler.
-  return float(analysis.get('flops', 0.0)) * accumulate
+  # The compiler counts one device's program, and the body of the
+  # accumulation loop once.
+  return float(analysis.get('flops', 0.0)) * accumulate * devices
 
 
 def _peak_bytes(device: jax.Device) -> tuple[int, str]:
@@ -85,7 +87,8 @@ def main(argv: list[str]) -> int:
     times.append(time.perf_counter() - started)
   times = times[2:]
   median = statistics.median(times)
-  flops = _flops(compiled, options.accumulate)
+  flops = _flops(compiled, options.accumulate, mesh.devices.size)
+  again = ' with remat' if record['model']['remat'] != 'none' else ''
   peak, whose = _peak_bytes(mesh.devices.flat[0])
   examples = 'pairs' if record['task'] == 'preference' else 'images'
   rows = [
@@ -98,8 +101,11 @@ def main(argv: list[str]) -> int:
     ('step, fastest', f'{min(times) * 1e3:.1f} ms'),
     ('step, slowest', f'{max(times) * 1e3:.1f} ms'),
     (f'{examples} a second', f'{options.batch_size / median:.2f}'),
-    ('FLOP a step', f'{flops:.3e}' if flops else 'not counted here'),
-    ('FLOP/s', f'{flops / median:.3e}' if flops else 'not counted here'),
+    (f'FLOP a step{again}', f'{flops:.3e}' if flops else 'not counted here'),
+    (
+      f'FLOP/s{again}',
+      f'{flops / median:.3e}' if flops else 'not counted here',
+    ),
     (f'peak memory ({whose})', f'{peak / 2**20:.0f} MiB'),
   ]
   for name, value in rows:
