@@ -1,6 +1,7 @@
 """Checkpoints: orbax, the whole state and the data position."""
 
 import pathlib
+import shutil
 
 import jax
 import orbax.checkpoint as ocp
@@ -18,8 +19,12 @@ class Checkpointer:
   def __init__(self, workdir: pathlib.Path, *, every: int, keep: int):
     """Keeps the newest `keep` checkpoints, one every `every` steps."""
     self._every = every
+    folder = pathlib.Path(workdir).absolute() / 'checkpoints'
+    # orbax removes them too, but in the background and so at times later.
+    for torn in folder.glob('*.orbax-checkpoint-tmp*'):
+      shutil.rmtree(torn, ignore_errors=True)
     self._manager = ocp.CheckpointManager(
-      pathlib.Path(workdir).absolute() / 'checkpoints',
+      folder,
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep, cleanup_tmp_directories=True, create=True
       ),

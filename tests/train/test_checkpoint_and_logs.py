@@ -44,7 +44,7 @@ def test_only_the_newest_are_kept(tmp_path):
 
 def test_temporary_folders_of_a_killed_save_are_removed(tmp_path):
   _save(tmp_path)
-  torn = tmp_path / 'checkpoints' / '6.orbax-checkpoint-tmp-123'
+  torn = tmp_path / 'checkpoints' / '6.orbax-checkpoint-tmp'
   torn.mkdir()
   saver = checkpoint.Checkpointer(tmp_path, every=2, keep=2)
   assert not torn.exists() and saver.latest_step() == 4
