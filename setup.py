@@ -38,5 +38,11 @@ setuptools.setup(
     'tokenizers>=0.22',
     'transformers>=5.0',
   ],
-  extras_require={'gpu': ['jax[cuda12]'], 'tpu': ['jax[tpu]']},
+  extras_require={
+    'gpu': ['jax[cuda12]'],
+    'tpu': ['jax[tpu]'],
+    # Models by hub id, and by gs:// path.
+    'hub': ['huggingface_hub>=1.0'],
+    'gcs': ['fsspec>=2024.6', 'gcsfs>=2024.6'],
+  },
 )

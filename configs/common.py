@@ -16,8 +16,19 @@ def get_config() -> ml_collections.ConfigDict:
   c.seed = 0
 
   c.model = ml_collections.ConfigDict()
-  # Folder in the diffusers layout: the policy's start and the reference.
+  # The policy's start and the reference: a folder in the diffusers layout, a
+  # gs:// path to one, a hub id (org/name), or an original single file.
   c.model.folder = ''
+  # Of a hub id: branch, tag or commit; the commit is recorded.
+  c.model.revision = ''
+  # '' takes full precision where there is some; 'fp16' the half-size files.
+  c.model.variant = ''
+  # Of a single file: a diffusers folder of the same architecture (without
+  # weights will do), or a folder with CLIP's tokenizer.
+  c.model.configs = ''
+  # With the latter, for SD 2.x, which of the two it is: epsilon (512 pixels)
+  # or v_prediction (768 pixels); nothing in the file tells.
+  c.model.prediction_type = ''
   # Components that start from random weights: unet, vae, text_encoder.
   c.model.random_init = ()
   # Dtype of compute; parameters, errors, norms and losses are float32.
@@ -37,6 +48,20 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.flip = False
   # Probability that a pair loses its caption (Wallace et al. use 0.2).
   c.data.prompt_dropout = 0.2
+  # What a lost caption becomes: empty (the encoding of '') or zeros (what
+  # diffusers' SDXL pipelines use as the unconditional branch).
+  c.data.dropped_prompt = 'empty'
+  # SDXL's sizes: constant (the resolution, no crop, as in the authors' code)
+  # or true_size (each image's own size and crop).
+  c.data.micro_cond = 'constant'
+
+  c.noise = ml_collections.ConfigDict()
+  # Timesteps to train on: [t_min, t_max), t_max 0 being all; or these only.
+  c.noise.t_min = 0
+  c.noise.t_max = 0
+  c.noise.timesteps = ()
+  # Rescale the schedule so that its last step is pure noise (SDXL-Turbo).
+  c.noise.zero_terminal_snr = False
 
   c.objective = ml_collections.ConfigDict()
   # dpo | sft, with that function's numbers by name.
@@ -107,10 +132,13 @@ def get_config() -> ml_collections.ConfigDict:
   # Held-out captions to draw from at the end, and images for each.
   c.eval.num_prompts = 200
   c.eval.images_per_prompt = 1
-  # ddim | ddpm, steps, and uncond + scale * (cond - uncond): 1.0 is off.
+  # ddim | ddpm | euler | euler_ancestral | dpmpp_2m, its steps, and
+  # uncond + scale * (cond - uncond), 1.0 or less is off; the rescale (0 off)
+  # tames the contrast of high scales.
   c.eval.sampler = 'ddim'
   c.eval.num_steps = 50
   c.eval.guidance_scale = 7.5
+  c.eval.guidance_rescale = 0.0
   # Images (or pairs) at once.
   c.eval.batch_size = 16
   # Draws of noise and timestep a held-out pair, for the implicit accuracy.

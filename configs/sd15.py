@@ -1,4 +1,4 @@
-"""Diffusion-DPO of Stable Diffusion 1.5 on Pick-a-Pic v2.
+"""Diffusion-DPO of Stable Diffusion 1.5 (or 1.4) on Pick-a-Pic v2.
 
   python -m dpo_jax.main --config=configs/sd15.py \
     --config.model.folder=DIR --config.data.path='DIR/*.parquet' \
@@ -8,13 +8,17 @@ Wallace et al., CVPR 2024, section 5.1. Variants:
 
   :official_code (default)  the settings of the authors' launcher: beta 5000,
     2,000 steps of 2,048 pairs, warmup 500, AdamW at 1e-8 a pair of the batch.
-  :paper  what the paper states where that differs: beta 2000, 25% warmup.
+  :paper  what the paper states where that differs: beta 2000, 25% warmup
+    (which is 500 of the 2,000 steps in both).
 
 The paper's learning rate, 2.048e-8 * 2000 / beta, is 2,500 times smaller than
 the launcher's. At that rate a step of Adam is about two float32 units in the
 last place of a weight, so it is read as a misprint and both variants use the
-launcher's. Expected [paper]: PickScore and human votes prefer the aligned
-model on 59.8% of prompts. Not run here at full size.
+launcher's. Cost of the authors' code: about 0.34 A100-seconds a pair, 390
+A100-hours in all (from its launchers' comments); ours is not measured yet.
+Expected [paper]: PickScore and human votes prefer the aligned model on 59.8%
+of prompts (63.3% when PickScore gives the labels, 55.5% for SFT). Not run
+here at full size.
 
 Fit the batch into memory with --config.train.accumulate.
 """

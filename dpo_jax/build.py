@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,20 +11,17 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dpo_jax import limits, sharding
-from dpo_jax import stable_diffusion as sd_lib
+from dpo_jax import limits, loading, sharding
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import pairs as pairs_lib
 from dpo_jax.data import tokenizer as tokenizer_lib
-from dpo_jax.diffusion import schedule as schedule_lib
 from dpo_jax.evaluate import judge as judge_lib
-from dpo_jax.models import classifier, clip, unet, vae
+from dpo_jax.models import classifier
 from dpo_jax.tasks import autoencode, classify, denoise, preference
+from dpo_jax.tasks import inputs as inputs_lib
 from dpo_jax.train import loop as loop_lib
 from dpo_jax.train import optimizer as optimizer_lib
-from dpo_jax.weights import classifiers, diffusers_maps, pipeline
-
-COMPONENTS = tuple(diffusers_maps.COMPONENTS)
+from dpo_jax.weights import classifiers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,56 +31,24 @@ class Job:
   Attributes:
     record: the resolved config as JSON types.
     loop_arguments: for loop.run, workdir aside.
-    model, params: the pipeline at the start (None for task classify); `params`
-      holds 'unet', 'vae', 'text_encoder'.
-    pairs, images: held-out pairs and single pictures; all pictures.
-    notes: what was read and dropped, for the report.
+    opened: the model at the start (None for task classify).
+    tokenizer: its tokenizers.
+    all_images, held_images: all pictures, and those not trained on.
+    train_pairs, held_batches: pairs, and held-out batches by epoch.
+    captions_cut: distinct captions that are longer than the text encoder's.
   """
 
   record: dict[str, Any]
   loop_arguments: dict[str, Any]
   mesh: jax.sharding.Mesh
-  model: sd_lib.StableDiffusion | None
-  params: dict[str, Any]
-  tokenizer: tokenizer_lib.Tokenizer | None
+  opened: loading.Opened | None
+  tokenizer: tokenizer_lib.Encoder
   judge: judge_lib.StyleJudge | None
   all_images: pairs_lib.CaptionedImages
   held_images: pairs_lib.CaptionedImages
   train_pairs: pairs_lib.Pairs | None = None
   held_batches: Callable | None = None
-
-
-def make_model(
-  parts: pipeline.Pipeline, *, dtype: str, remat: str
-) -> sd_lib.StableDiffusion:
-  """Modules and schedule of a pipeline folder."""
-  dtype = jnp.dtype(dtype)
-  return sd_lib.StableDiffusion(
-    unet=unet.UNet2DConditionModel(parts.unet_config, dtype=dtype, remat=remat),
-    vae=vae.AutoencoderKL(parts.vae_config, dtype=dtype),
-    text_encoder=clip.CLIPTextModel(parts.text_config, dtype=dtype),
-    schedule=schedule_lib.from_config(parts.scheduler_config),
-    scaling_factor=parts.vae_config.scaling_factor,
-    latent_channels=parts.vae_config.latent_channels,
-    downscale=parts.vae_config.downscale,
-  )
-
-
-def _init_missing(parts: pipeline.Pipeline, names, seed: int) -> dict:
-  """Parameters of the pipeline, random ones for `names`."""
-  params = dict(parts.params)
-  configs = {
-    'unet': parts.unet_config,
-    'vae': parts.vae_config,
-    'text_encoder': parts.text_config,
-  }
-  for name in names:
-    init = functools.partial(
-      diffusers_maps.COMPONENTS[name].init, configs[name]
-    )
-    key = jax.random.fold_in(jax.random.key(seed), COMPONENTS.index(name))
-    params[name] = jax.device_get(jax.jit(init)(key))
-  return params
+  captions_cut: int = 0
 
 
 def _eval_batches(make_loader, examples, batch_size):
@@ -122,32 +88,42 @@ def _load_judge(config) -> judge_lib.StyleJudge | None:
   )
 
 
-def _make_task(config, model, params, empty_ids):
+def _make_task(config, opened):
   """The task of a diffusion model."""
-  shared = {
-    'model': model,
-    'params': params,
-    'resolution': config.data.resolution,
-  }
-  text = {
-    'empty_ids': empty_ids,
-    'prompt_dropout': config.data.prompt_dropout,
-  }
-  if config.task == 'preference':
-    objective = functools.partial(
-      limits.OBJECTIVES[config.objective.name], **config.objective.numbers
+  model, params = opened.model, opened.params
+  if config.task == 'autoencode':
+    return autoencode.make_task(
+      model=model,
+      params=params,
+      resolution=config.data.resolution,
+      kl_weight=config.vae.kl_weight,
     )
-    return preference.make_task(
-      objective=objective,
-      reward_beta=config.objective.reward_beta,
-      **shared,
-      **text,
-    )
+  inputs = inputs_lib.Inputs(
+    model=model,
+    resolution=config.data.resolution,
+    empty_ids=opened.tokenizers.encode([''])[0][0],
+    prompt_dropout=config.data.prompt_dropout,
+    dropped_prompt=config.data.dropped_prompt,
+    micro_cond=config.data.micro_cond,
+    timesteps=inputs_lib.choose_timesteps(
+      model.schedule.num_steps,
+      low=config.noise.t_min,
+      high=config.noise.t_max,
+      only=tuple(config.noise.timesteps),
+    ),
+  )
   if config.task == 'denoise':
     return denoise.make_task(
-      min_snr_gamma=config.denoise.min_snr_gamma, **shared, **text
+      inputs=inputs, params=params, min_snr_gamma=config.denoise.min_snr_gamma
     )
-  return autoencode.make_task(kl_weight=config.vae.kl_weight, **shared)
+  return preference.make_task(
+    inputs=inputs,
+    params=params,
+    objective=functools.partial(
+      limits.OBJECTIVES[config.objective.name], **config.objective.numbers
+    ),
+    reward_beta=config.objective.reward_beta,
+  )
 
 
 def _make_classify(config, style_names):
@@ -169,7 +145,7 @@ def _make_classify(config, style_names):
     gain=config.classifier.gain,
     blur=config.classifier.blur,
     shift=config.classifier.shift,
-  ), {'classifier': params}
+  )
 
 
 def _make_optimizer(config):
@@ -207,17 +183,34 @@ def _make_mesh(config):
   return mesh
 
 
-def _make_diffusion(config):
-  """(model, parameters, tokenizer, task) of a pipeline folder."""
-  parts = pipeline.load(
-    config.model.folder, without=tuple(config.model.random_init)
+def _open(config, mesh):
+  """The model that the config names."""
+  return loading.open_model(
+    config.model.folder,
+    mesh=mesh,
+    revision=config.model.revision,
+    variant=config.model.variant,
+    configs=config.model.configs,
+    prediction_type=config.model.prediction_type,
+    random_init=tuple(config.model.random_init),
+    seed=config.seed,
+    dtype=config.model.dtype,
+    remat=config.model.remat,
+    zero_terminal_snr=config.noise.zero_terminal_snr,
   )
-  model = make_model(parts, dtype=config.model.dtype, remat=config.model.remat)
-  params = _init_missing(parts, config.model.random_init, config.seed)
-  tokenizer = tokenizer_lib.load(parts.tokenizer_folder)
-  empty_ids = tokenizer.encode([''])[0][0]
-  task = _make_task(config, model, params, empty_ids)
-  return model, params, tokenizer, task
+
+
+def _count_cut(tokenizer, captions) -> int:
+  """How many distinct captions do not fit, which is also said."""
+  distinct = sorted(set(captions))
+  cut = tokenizer.encode(distinct)[1]
+  if cut:
+    print(
+      f'{cut} of {len(distinct)} captions are longer than the text encoder '
+      'takes; their ends are cut off',
+      file=sys.stderr,
+    )
+  return cut
 
 
 def _make_loaders(config, train, held, tokenizer):
@@ -256,11 +249,14 @@ def build(config: ml_collections.ConfigDict) -> Job:
   held = held_images
   if paired:
     train, held = _split(pairs, config.data.holdout)
+  opened = None
   if config.task == 'classify':
-    model, tokenizer = None, _NoTokenizer()
-    task, params = _make_classify(config, all_images.style_names)
+    tokenizer = _NoTokenizer()
+    task = _make_classify(config, all_images.style_names)
   else:
-    model, params, tokenizer, task = _make_diffusion(config)
+    opened = _open(config, mesh)
+    tokenizer = opened.tokenizers
+    task = _make_task(config, opened)
   loader, held_batches = _make_loaders(config, train, held, tokenizer)
   optimizer, schedule = _make_optimizer(config)
   options = loop_lib.Options(
@@ -280,7 +276,7 @@ def build(config: ml_collections.ConfigDict) -> Job:
     },
   )
   return Job(
-    record=limits.validate(config),
+    record=limits.validate(config) | {'source': opened and opened.source},
     loop_arguments={
       'task': task,
       'optimizer': optimizer,
@@ -291,14 +287,14 @@ def build(config: ml_collections.ConfigDict) -> Job:
       'mesh': mesh,
     },
     mesh=mesh,
-    model=model,
-    params=params,
+    opened=opened,
     tokenizer=tokenizer,
     judge=_load_judge(config),
     all_images=all_images,
     held_images=held_images,
     train_pairs=train if paired else None,
     held_batches=held_batches,
+    captions_cut=_count_cut(tokenizer, all_images.captions),
   )
 
 

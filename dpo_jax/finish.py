@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dpo_jax
-from dpo_jax import build, sharding, trees, types
+from dpo_jax import build, loading, sharding, trees, types
 from dpo_jax import stable_diffusion as sd_lib
 from dpo_jax.data import images as images_lib
 from dpo_jax.evaluate import (
@@ -26,7 +26,7 @@ from dpo_jax.evaluate import (
 from dpo_jax.train import loop, progress
 from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
-from dpo_jax.weights import classifiers, pipeline
+from dpo_jax.weights import classifiers
 
 
 def finish(job: build.Job, result: loop.Result, path: pathlib.Path) -> None:
@@ -95,12 +95,14 @@ def _finish_autoencode(job, result, path):
   resolution = job.record['data']['resolution']
   pictures = _as_float(_pictures(job.held_images.images, resolution))
   encode = jax.jit(
-    lambda images: job.model.vae.apply(
+    lambda images: job.opened.model.vae.apply(
       {'params': params}, images, method='encode'
     )
   )
   decode = jax.jit(
-    lambda mean: job.model.vae.apply({'params': params}, mean, method='decode')
+    lambda mean: job.opened.model.vae.apply(
+      {'params': params}, mean, method='decode'
+    )
   )
   size = job.record['eval']['batch_size']
   rows = len(pictures) // size * size or len(pictures)
@@ -108,11 +110,10 @@ def _finish_autoencode(job, result, path):
   mean = np.concatenate([np.asarray(m) for m, _ in moments])
   variance = np.concatenate([np.exp(np.asarray(v)) for _, v in moments])
   factor = float(1 / np.sqrt(np.mean(np.square(mean) + variance)))
-  job_base = pathlib.Path(job.record['model']['folder'])
-  pipeline.save(
+  loading.save_model(
     path / 'export',
-    base=job_base,
-    params={'vae': params},
+    job.opened,
+    {'vae': params},
     dtype=job.record['export']['dtype'],
   )
   config_path = path / 'export' / 'vae' / 'config.json'
@@ -145,24 +146,28 @@ def _prompts(job: build.Job) -> tuple[list[str], np.ndarray]:
 
 def _make_sampler(job: build.Job, captions, seeds):
   """params -> uint8 images of these captions and seeds; compiled once."""
-  settings = job.record['eval']
-  sample_fn = generate.make_sample_fn(
-    job.model,
-    resolution=job.record['data']['resolution'],
-    sampler=settings['sampler'],
-    num_steps=settings['num_steps'],
-    guidance_scale=settings['guidance_scale'],
+  record = job.record['eval']
+  side = job.record['data']['resolution']
+  settings = generate.Settings(
+    size=(side, side),
+    sampler=record['sampler'],
+    num_steps=record['num_steps'],
+    guidance_scale=record['guidance_scale'],
+    guidance_rescale=record['guidance_rescale'],
+  )
+  sample_fn = generate.make_sample_fn(job.opened.model, settings)
+  inputs = generate.prompt_batch(
+    job.opened.model, job.tokenizer.encode, captions
   )
 
   def sample(params):
     return generate.generate(
       sample_fn,
-      jax.device_put(params, sharding.replicated(job.mesh)),
-      job.tokenizer.encode(captions)[0],
-      job.tokenizer.encode([''])[0][0],
+      jax.device_put(params, sharding.state_shardings(params, job.mesh)),
+      inputs,
       seeds,
       seed=job.record['seed'],
-      batch_size=settings['batch_size'],
+      batch_size=record['batch_size'],
       mesh=job.mesh,
     )
 
@@ -187,15 +192,14 @@ def _quality(job: build.Job, images, captions) -> dict[str, float]:
 
 def _finish_denoise(job, result, path):
   trained = _trained(result)
-  base = pathlib.Path(job.record['model']['folder'])
-  pipeline.save(
+  loading.save_model(
     path / 'export',
-    base=base,
-    params=trained,
+    job.opened,
+    trained,
     dtype=job.record['export']['dtype'],
   )
   captions, seeds = _prompts(job)
-  images = _make_sampler(job, captions, seeds)(job.params | trained)
+  images = _make_sampler(job, captions, seeds)(job.opened.params | trained)
   quality = _quality(job, images, captions) | {
     'n': len(captions),
     'settings': job.record['eval'],
@@ -224,18 +228,18 @@ def _finish_denoise(job, result, path):
 def _finish_preference(job, result, path):
   started = time.monotonic()
   trained = _trained(result)
-  pipeline.save(
+  loading.save_model(
     path / 'export',
-    base=pathlib.Path(job.record['model']['folder']),
-    params=trained,
+    job.opened,
+    trained,
     dtype=job.record['export']['dtype'],
   )
   captions, seeds = _prompts(job)
   sample = _make_sampler(job, captions, seeds)
   with progress.Progress(0, 3, label='evaluate') as bar:
-    base = sample(job.params)
+    base = sample(job.opened.params)
     bar.update(1, {})
-    aligned = sample(job.params | trained)
+    aligned = sample(job.opened.params | trained)
     bar.update(2, {})
     accuracy = _implicit_accuracy(job, trained)
     bar.update(3, {})
@@ -270,8 +274,10 @@ def _implicit_accuracy(job: build.Job, trained) -> dict[str, Any]:
   """Share of held-out pairs whose winner has the larger implicit reward."""
   task = job.loop_arguments['task']
   eval_step = jax.jit(step_lib.make_eval_step(task.evaluators['pairs']))
-  frozen = jax.device_put(task.frozen, sharding.replicated(job.mesh))
-  params = jax.device_put(trained, sharding.replicated(job.mesh))
+  frozen, params = (
+    jax.device_put(tree, sharding.state_shardings(tree, job.mesh))
+    for tree in (task.frozen, trained)
+  )
   key = jax.random.key(job.record['seed'])
 
   def margins(batch):
@@ -347,4 +353,5 @@ def _data_counts(job: build.Job, captions) -> dict[str, Any]:
     'training_pairs': len(job.train_pairs),
     'held_out_pairs': counts.kept - len(job.train_pairs),
     'held_out_prompts': len(set(captions)),
+    'captions_cut': job.captions_cut,
   }

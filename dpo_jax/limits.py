@@ -12,8 +12,9 @@ import ml_collections
 from dpo_jax.diffusion import samplers
 from dpo_jax.models import unet
 from dpo_jax.objectives import dpo, sft
+from dpo_jax.tasks import inputs as inputs_lib
 from dpo_jax.train import optimizer as optimizer_lib
-from dpo_jax.weights import diffusers_maps
+from dpo_jax.weights import diffusers_maps, released, sources
 
 OBJECTIVES = {'dpo': dpo.dpo, 'sft': sft.sft}
 TASKS = ('preference', 'denoise', 'autoencode', 'classify')
@@ -22,6 +23,10 @@ CHOICES = {
   'task': TASKS,
   'model.dtype': ('float32', 'bfloat16'),
   'model.remat': unet.REMAT,
+  'model.variant': ('', 'fp16'),
+  'model.prediction_type': ('', *released.PREDICTION_TYPES),
+  'data.dropped_prompt': inputs_lib.DROPPED_PROMPTS,
+  'data.micro_cond': inputs_lib.MICRO_CONDS,
   'objective.name': tuple(OBJECTIVES),
   'optim.name': optimizer_lib.OPTIMIZERS,
   'optim.schedule': optimizer_lib.SCHEDULES,
@@ -34,6 +39,8 @@ RANGES = {
   'data.holdout': (0, 1),
   'data.resolution': (1, math.inf),
   'data.prompt_dropout': (0, 1),
+  'noise.t_min': (0, math.inf),
+  'noise.t_max': (0, math.inf),
   'objective.reward_beta': (0, math.inf),
   'denoise.min_snr_gamma': (0, math.inf),
   'vae.kl_weight': (0, math.inf),
@@ -60,7 +67,8 @@ RANGES = {
   'eval.num_prompts': (1, math.inf),
   'eval.images_per_prompt': (1, math.inf),
   'eval.num_steps': (1, math.inf),
-  'eval.guidance_scale': (1, math.inf),
+  'eval.guidance_scale': (0, math.inf),
+  'eval.guidance_rescale': (0, 1.000001),
   'eval.batch_size': (1, math.inf),
   'eval.num_draws': (1, math.inf),
 }
@@ -78,9 +86,8 @@ def validate(config: ml_collections.ConfigDict) -> dict[str, Any]:
   problems = []
   for key, allowed in CHOICES.items():
     if _leaf(config, key) not in allowed:
-      problems.append(
-        f'{key}={_leaf(config, key)!r}: allowed are {", ".join(allowed)}'
-      )
+      shown = ', '.join(choice or "''" for choice in allowed)
+      problems.append(f'{key}={_leaf(config, key)!r}: allowed are {shown}')
   for key, (low, high) in RANGES.items():
     value = _leaf(config, key)
     if not low <= value < high:
@@ -127,14 +134,24 @@ def _check_sources(config) -> list[str]:
   if not config.data.path:
     problems.append('data.path is empty: name parquet files of pairs')
   if config.task != 'classify':
-    folder = pathlib.Path(config.model.folder)
     if not config.model.folder:
-      problems.append('model.folder is empty: name a diffusers folder')
-    elif not folder.is_dir():
       problems.append(
-        f'model.folder={config.model.folder!r}: no such folder; give a '
-        'Stable Diffusion model in the diffusers layout'
+        'model.folder is empty: name a Stable Diffusion model (a diffusers '
+        'folder, a gs:// path, a hub id, or a single file)'
       )
+    else:
+      problems += _check_local(config.model.folder)
   if config.eval.judge and not pathlib.Path(config.eval.judge).is_dir():
     problems.append(f'eval.judge={config.eval.judge!r}: no such folder')
   return problems
+
+
+def _check_local(name: str) -> list[str]:
+  """What is no path here must look like one elsewhere."""
+  if pathlib.Path(name).expanduser().exists() or sources.is_remote(name):
+    return []
+  return [
+    f'model.folder={name!r}: no such folder; give a Stable Diffusion model in '
+    'the diffusers layout, a gs:// path, a hub id (org/name) or a single '
+    '.safetensors file'
+  ]

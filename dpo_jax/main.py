@@ -22,6 +22,7 @@ def run(argv: list[str]) -> int:
     with workdir.Workdir(folder, config=record) as place:
       print(place.describe(jax.devices()), file=sys.stderr)
       job = build.build(config)
+      place.pin('source', job.record['source'] or {})
       result = loop.run(**job.loop_arguments, workdir=place.path)
       finish.finish(job, result, place.path)
   except loop.NonFiniteLossError as error:

@@ -1,6 +1,8 @@
 """Stable Diffusion: the one place where models meet diffusion."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,32 +13,52 @@ from dpo_jax import types
 from dpo_jax.diffusion import guidance
 from dpo_jax.diffusion import schedule as schedule_lib
 
+# What stands beside the sizes in the refiner's micro-conditioning: how much
+# a picture is liked, of 10; Podell et al., 2023, and diffusers' defaults.
+AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StableDiffusion:
-  """A latent text-to-image model: three networks and a schedule.
+  """A latent text-to-image model: its networks and a schedule.
 
-  Parameters are not held here; every method takes them. `scaling_factor`
-  brings the VAE's latents to about unit variance.
+  Parameters are not held here; every method takes them.
+
+  Attributes:
+    text_encoders: 'text_encoder' and 'text_encoder_2', those there are, in
+      the order of the axis k of input_ids [n k s].
+    scaling_factor: brings the VAE's latents to about unit variance.
+    micro_cond_dim: numbers of micro-conditioning: 0 (SD), 6 (SDXL), 5 (the
+      refiner: the last two sizes give way to an aesthetic score).
+    zero_uncond: without a negative prompt the unconditional branch gets
+      zeros instead of the encoding of '' (SDXL base).
   """
 
   unet: nn.Module
   vae: nn.Module
-  text_encoder: nn.Module
+  text_encoders: Mapping[str, nn.Module]
   schedule: schedule_lib.Schedule
+  scheduler_config: Mapping[str, Any]
   scaling_factor: float
   latent_channels: int
   downscale: int
+  micro_cond_dim: int = 0
+  zero_uncond: bool = False
 
-  def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-    """(h, w, c) of the latents of square images of `resolution` pixels."""
-    if resolution % self.downscale:
+  def latent_shape(
+    self, resolution: int | tuple[int, int]
+  ) -> tuple[int, int, int]:
+    """(h, w, c) of the latents of images of a side, or (height, width)."""
+    if isinstance(resolution, int):
+      resolution = (resolution, resolution)
+    if any(side % self.downscale for side in resolution):
+      shown = 'x'.join(map(str, resolution))
       raise ValueError(
-        f'data.resolution={resolution} must be a multiple of the VAE '
+        f'resolution {shown}: both sides must be multiples of the VAE '
         f'downscale factor {self.downscale}'
       )
-    side = resolution // self.downscale
-    return side, side, self.latent_channels
+    h, w = (side // self.downscale for side in resolution)
+    return h, w, self.latent_channels
 
   def encode_images(
     self,
@@ -61,37 +83,78 @@ class StableDiffusion:
     return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
 
   def encode_text(
-    self, text_params: types.Params, input_ids: Int[Array, 'n s']
-  ) -> types.PromptEmbeds:
-    """prompt_embeds [n s d]: the text encoder's last hidden state."""
-    states, _ = self.text_encoder.apply({'params': text_params}, input_ids)
-    return states
+    self, params: Mapping[str, types.Params], input_ids: Int[Array, 'n k s']
+  ) -> types.Conditioning:
+    """Conditioning of n prompts, tokenized for each of the k text encoders.
+
+    SD: `prompt_embeds` is the encoder's last hidden state. SDXL: the
+    penultimate states of all encoders side by side, and `pooled_embeds` the
+    projected state of the last one (Podell et al., 2023, section 2.1).
+    """
+    outputs = [
+      encoder.apply({'params': params[name]}, input_ids[:, i])
+      for i, (name, encoder) in enumerate(self.text_encoders.items())
+    ]
+    if not self.micro_cond_dim:
+      return {'prompt_embeds': outputs[0].last_hidden_state}
+    states = [output.penultimate for output in outputs]
+    return {
+      'prompt_embeds': jnp.concatenate(states, axis=-1),
+      'pooled_embeds': outputs[-1].pooled,
+    }
+
+  def add_micro_cond(
+    self,
+    cond: types.Conditioning,
+    *,
+    sizes: Float[Array, 'n 4'],
+    target: tuple[int, int],
+    aesthetic_score: float = AESTHETIC_SCORE,
+  ) -> types.Conditioning:
+    """`cond` with `micro_cond` [n 6] (refiner: [n 5]); SD's stays as it is.
+
+    sizes: original height and width, crop top and left, in pixels; target:
+    (height, width) of the image. Podell et al., 2023, section 2.2.
+    """
+    if not self.micro_cond_dim:
+      return cond
+    last = target if self.micro_cond_dim == 6 else (aesthetic_score,)
+    last = jnp.broadcast_to(
+      jnp.asarray(last, jnp.float32), (len(sizes), len(last))
+    )
+    micro = jnp.concatenate([sizes.astype(jnp.float32), last], axis=-1)
+    return {**cond, 'micro_cond': micro}
 
   def apply_unet(
     self,
     unet_params: types.Params,
     x_t: types.Latents,
     t: types.Timesteps,
-    prompt_embeds: types.PromptEmbeds,
+    cond: types.Conditioning,
   ) -> types.Latents:
     """The UNet's output, eps_hat or v_hat by the schedule's type."""
-    return self.unet.apply({'params': unet_params}, x_t, t, prompt_embeds)
+    return self.unet.apply({'params': unet_params}, x_t, t, **cond)
 
   def make_denoise_fn(
     self,
     unet_params: types.Params,
-    prompt_embeds: types.PromptEmbeds,
-    uncond_embeds: types.PromptEmbeds,
+    cond: types.Conditioning,
+    uncond: types.Conditioning,
     *,
     guidance_scale: float,
+    guidance_rescale: float = 0.0,
   ) -> types.DenoiseFn:
     """The guided network as a function of (x_t, t) alone."""
 
-    def apply_fn(x_t, t, embeds):
-      return self.apply_unet(unet_params, x_t, t, embeds)
+    def apply_fn(x_t, t, cond):
+      return self.apply_unet(unet_params, x_t, t, cond)
 
     return guidance.classifier_free(
-      apply_fn, prompt_embeds, uncond_embeds, guidance_scale=guidance_scale
+      apply_fn,
+      cond,
+      uncond,
+      guidance_scale=guidance_scale,
+      guidance_rescale=guidance_rescale,
     )
 
 
@@ -105,18 +168,6 @@ def to_uint8(images: jax.Array) -> jax.Array:
   return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-def drop_prompts(
-  input_ids: Int[Array, 'b s'],
-  empty_ids: Int[Array, ' s'],
-  keys: types.Key,
-  *,
-  rate: float,
-) -> Int[Array, 'b s']:
-  """Replaces a caption by the empty prompt with probability `rate`.
-
-  One draw an example, so both images of a pair lose their caption together.
-  """
-  if not rate:
-    return input_ids
-  draw = jax.vmap(jax.random.uniform)(keys)
-  return jnp.where((draw < rate)[:, None], empty_ids, input_ids)
+def constant_sizes(n: int, size: tuple[int, int]) -> Float[Array, 'n 4']:
+  """Sizes of pictures that were never resized nor cropped: (h, w, 0, 0)."""
+  return jnp.broadcast_to(jnp.asarray([*size, 0.0, 0.0], jnp.float32), (n, 4))

@@ -17,8 +17,11 @@ Key: TypeAlias = jax.Array
 Images: TypeAlias = Float[Array, '*b H W 3']
 PixelImages: TypeAlias = UInt8[np.ndarray, '*b H W 3']
 Latents: TypeAlias = Float[Array, 'n h w c']
-Timesteps: TypeAlias = Int[Array, ' n']
+# Samplers may ask for timesteps between the integers.
+Timesteps: TypeAlias = Int[Array, ' n'] | Float[Array, ' n']
 PromptEmbeds: TypeAlias = Float[Array, 'n s d']
+# 'prompt_embeds' [n s d]; SDXL also 'pooled_embeds' [n e], 'micro_cond' [n 6].
+Conditioning: TypeAlias = dict[str, jax.Array]
 # (x_t [n h w c], t [n]) -> eps_hat [n h w c].
 DenoiseFn: TypeAlias = Callable[[Latents, Timesteps], Latents]
 
@@ -33,6 +36,7 @@ __all__ = [
   'Latents',
   'Timesteps',
   'PromptEmbeds',
+  'Conditioning',
   'DenoiseFn',
   'DTypeLike',
 ]

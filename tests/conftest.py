@@ -8,7 +8,9 @@ os.environ['XLA_FLAGS'] = (
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
+import json
 import pathlib
+import shutil
 import zlib
 
 import jax
@@ -19,6 +21,8 @@ from absl import flags
 from dpo_jax.weights import diffusers_maps, pipeline
 
 ROOT = pathlib.Path(__file__).parent.parent
+# Optimizer steps of the runs that `arguments` describes.
+STEPS = 8
 EMOJI = ROOT / 'examples' / 'emoji'
 CACHE = ROOT / '.pytest_cache' / 'jax'
 
@@ -73,6 +77,33 @@ SCHEDULER = {
   'steps_offset': 1,
   'prediction_type': 'epsilon',
 }
+# SDXL in small: two text encoders side by side, 16 + 24, and sizes.
+TEXT_2 = TEXT | {'hidden_size': 24, 'projection_dim': 24, 'hidden_act': 'gelu'}
+UNET_XL = UNET | {
+  'cross_attention_dim': 40,
+  'attention_head_dim': [2, 4],
+  'transformer_layers_per_block': [1, 2],
+  'use_linear_projection': True,
+  'addition_embed_type': 'text_time',
+  'addition_time_embed_dim': 8,
+  'projection_class_embeddings_input_dim': 24 + 6 * 8,
+}
+UNET_REFINER = UNET_XL | {
+  'cross_attention_dim': 24,
+  'projection_class_embeddings_input_dim': 24 + 5 * 8,
+}
+SCHEDULER_XL = {
+  '_class_name': 'EulerDiscreteScheduler',
+  'beta_schedule': 'scaled_linear',
+  'beta_start': 0.00085,
+  'beta_end': 0.012,
+  'num_train_timesteps': 1000,
+  'steps_offset': 1,
+  'timestep_spacing': 'leading',
+  'interpolation_type': 'linear',
+  'use_karras_sigmas': False,
+  'prediction_type': 'epsilon',
+}
 
 
 def _random_params(name: str, config: dict):
@@ -94,14 +125,67 @@ def tiny_folder(tmp_path_factory) -> pathlib.Path:
   """A complete Stable Diffusion folder with tiny random networks."""
   folder = tmp_path_factory.mktemp('pipelines') / 'tiny'
   configs = {'unet': UNET, 'vae': VAE, 'text_encoder': TEXT}
+  return _create(
+    folder,
+    configs=configs,
+    scheduler=SCHEDULER,
+    tokenizer_dir=EMOJI / 'architecture' / 'tokenizer',
+  )
+
+
+@pytest.fixture(scope='session')
+def tokenizer_2_folder(tmp_path_factory) -> pathlib.Path:
+  """The emoji tokenizer with SDXL's second padding, the token '!'."""
+  folder = tmp_path_factory.mktemp('tokenizers') / 'tokenizer_2'
+  shutil.copytree(EMOJI / 'architecture' / 'tokenizer', folder)
+  path = folder / 'tokenizer_config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'pad_token': '!'}))
+  (folder / 'special_tokens_map.json').unlink()
+  return folder
+
+
+def _create(folder, *, configs, **options):
   pipeline.create(
     folder,
     **configs,
-    scheduler=SCHEDULER,
-    tokenizer_dir=EMOJI / 'architecture' / 'tokenizer',
     params={name: _random_params(name, c) for name, c in configs.items()},
+    **options,
   )
   return folder
+
+
+@pytest.fixture(scope='session')
+def tiny_xl_folder(tmp_path_factory, tokenizer_2_folder) -> pathlib.Path:
+  """A complete SDXL folder with tiny random networks."""
+  return _create(
+    tmp_path_factory.mktemp('pipelines') / 'tiny_xl',
+    configs={
+      'unet': UNET_XL,
+      'vae': VAE,
+      'text_encoder': TEXT,
+      'text_encoder_2': TEXT_2,
+    },
+    class_name='StableDiffusionXLPipeline',
+    scheduler=SCHEDULER_XL,
+    tokenizer_dir=EMOJI / 'architecture' / 'tokenizer',
+    tokenizer_2_dir=tokenizer_2_folder,
+  )
+
+
+@pytest.fixture(scope='session')
+def tiny_refiner_folder(tmp_path_factory, tokenizer_2_folder) -> pathlib.Path:
+  """The refiner to `tiny_xl_folder`: one text encoder, five numbers."""
+  return _create(
+    tmp_path_factory.mktemp('pipelines') / 'tiny_refiner',
+    configs={'unet': UNET_REFINER, 'vae': VAE, 'text_encoder_2': TEXT_2},
+    class_name='StableDiffusionXLImg2ImgPipeline',
+    flags={
+      'requires_aesthetics_score': True,
+      'force_zeros_for_empty_prompt': False,
+    },
+    scheduler=SCHEDULER_XL,
+    tokenizer_2_dir=tokenizer_2_folder,
+  )
 
 
 @pytest.fixture(scope='session')
@@ -111,3 +195,49 @@ def tiny_pairs(tmp_path_factory) -> pathlib.Path:
   table = pq.read_table(EMOJI / 'pairs.parquet').slice(0, 48)
   pq.write_table(table, path, row_group_size=16)
   return path
+
+
+@pytest.fixture
+def arguments(tiny_folder, tiny_pairs, tmp_path, monkeypatch):
+  """Makes a command line; keyword arguments are overrides, `.` as `__`."""
+  monkeypatch.chdir(ROOT)
+
+  def make(
+    recipe='configs/quickstart.py', workdir=None, **overrides
+  ) -> list[str]:
+    values = {
+      'model__folder': tiny_folder,
+      'data__path': tiny_pairs,
+      'data__resolution': 16,
+      'data__holdout': 0.4,
+      'objective__numbers__beta': 5000.0,
+      'objective__reward_beta': 5000.0,
+      'optim__lr': 1e-3,
+      'optim__warmup_steps': 2,
+      'train__num_steps': STEPS,
+      'train__batch_size': 8,
+      'train__log_every': 1,
+      'train__eval_every': 4,
+      'train__checkpoint_every': 1,
+      'train__keep': 2,
+      'eval__num_prompts': 8,
+      'eval__num_steps': 2,
+      'eval__batch_size': 8,
+      'eval__num_draws': 2,
+      'eval__judge': '',
+      'export__dtype': 'float32',
+    } | overrides
+    if 'sft' in recipe:
+      del values['objective__numbers__beta']
+    return [
+      'main',
+      f'--config={recipe}',
+      f'--workdir={workdir or tmp_path / "run"}',
+      *(
+        f'--config.{key.replace("__", ".")}={value}'
+        for key, value in values.items()
+        if value is not None
+      ),
+    ]
+
+  return make

@@ -22,52 +22,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 8
 
 
-@pytest.fixture
-def arguments(tiny_folder, tiny_pairs, tmp_path, monkeypatch):
-  """Makes a command line; keyword arguments are overrides, `.` as `__`."""
-  monkeypatch.chdir(ROOT)
-
-  def make(
-    recipe='configs/quickstart.py', workdir=None, **overrides
-  ) -> list[str]:
-    values = {
-      'model__folder': tiny_folder,
-      'data__path': tiny_pairs,
-      'data__resolution': 16,
-      'data__holdout': 0.4,
-      'objective__numbers__beta': 5000.0,
-      'objective__reward_beta': 5000.0,
-      'optim__lr': 1e-3,
-      'optim__warmup_steps': 2,
-      'train__num_steps': STEPS,
-      'train__batch_size': 8,
-      'train__log_every': 1,
-      'train__eval_every': 4,
-      'train__checkpoint_every': 1,
-      'train__keep': 2,
-      'eval__num_prompts': 8,
-      'eval__num_steps': 2,
-      'eval__batch_size': 8,
-      'eval__num_draws': 2,
-      'eval__judge': '',
-      'export__dtype': 'float32',
-    } | overrides
-    if 'sft' in recipe:
-      del values['objective__numbers__beta']
-    return [
-      'main',
-      f'--config={recipe}',
-      f'--workdir={workdir or tmp_path / "run"}',
-      *(
-        f'--config.{key.replace("__", ".")}={value}'
-        for key, value in values.items()
-        if value is not None
-      ),
-    ]
-
-  return make
-
-
 def _metrics(workdir):
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   return [json.loads(line) for line in lines]

@@ -102,16 +102,57 @@ def draw_augmentation(
   return Augmentation(top, left, bool(flip and digest[8] % 2))
 
 
+def crop_place(
+  height: int, width: int, size: int, augmentation: Augmentation
+) -> tuple[int, int]:
+  """(top, left) of the crop in the resized picture, before a flip."""
+  top = round(augmentation.top * (height - size))
+  return top, round(augmentation.left * (width - size))
+
+
 def crop_flip(
   pixels: UInt8[np.ndarray, 'H W 3'], size: int, augmentation: Augmentation
 ) -> UInt8[np.ndarray, 'size size 3']:
   """Returns a size x size crop of the resized picture, flipped if asked."""
   pixels = resize_shorter(pixels, size)
   height, width = pixels.shape[:2]
-  top = round(augmentation.top * (height - size))
-  left = round(augmentation.left * (width - size))
+  top, left = crop_place(height, width, size, augmentation)
   crop = pixels[top : top + size, left : left + size]
   return crop[:, ::-1] if augmentation.flip else crop
+
+
+def cover(
+  pixels: UInt8[np.ndarray, 'H W 3'], size: tuple[int, int]
+) -> UInt8[np.ndarray, 'h w 3']:
+  """Returns the middle (height, width) of the picture scaled to cover it."""
+  height, width = size
+  factor = max(height / pixels.shape[0], width / pixels.shape[1])
+  # At least the size asked for, whatever rounding does.
+  h = max(height, round(pixels.shape[0] * factor))
+  w = max(width, round(pixels.shape[1] * factor))
+  if (h, w) != pixels.shape[:2]:
+    image = Image.fromarray(pixels)
+    pixels = np.asarray(image.resize((w, h), Image.Resampling.LANCZOS))
+  top, left = (h - height) // 2, (w - width) // 2
+  return pixels[top : top + height, left : left + width]
+
+
+def size_conditioning(
+  original: tuple[int, int],
+  resized: tuple[int, int],
+  size: int,
+  augmentation: Augmentation,
+) -> tuple[int, int, int, int]:
+  """(height, width, top, left) of SDXL's micro-conditioning.
+
+  The original size, and the crop's place in the resized picture as it is
+  seen: of a flipped picture the left edge is counted after the flip.
+  Podell et al., 2023, section 2.2.
+  """
+  top, left = crop_place(*resized, size, augmentation)
+  if augmentation.flip:
+    left = resized[1] - size - left
+  return *original, top, left
 
 
 def shared_crop_flip(

@@ -19,6 +19,8 @@ from dpo_jax.data import pairs as pairs_lib
 from dpo_jax.data import tokenizer as tokenizer_lib
 
 Batch = dict[str, np.ndarray]
+# Resized pictures uint8 [h, w, 3] of an example, and (height, width) before.
+_Pictures = tuple[list[np.ndarray], list[tuple[int, int]]]
 
 # Decoded and resized pictures are kept while they fit, in bytes.
 CACHE_BYTES = 256 << 20
@@ -69,7 +71,7 @@ class BatchIterator(Iterator[Batch]):
 
 def make_pair_loader(
   pairs: pairs_lib.Pairs,
-  tokenizer: tokenizer_lib.Tokenizer,
+  tokenizer: tokenizer_lib.Encoder,
   *,
   batch_size: int,
   seed: int,
@@ -81,11 +83,13 @@ def make_pair_loader(
 ) -> BatchIterator:
   """Returns batches of pairs, the winner first on the pair axis.
 
-  A batch holds `images` uint8 [b, 2, H, W, 3], `input_ids` int32 [b, s], `id`
-  and `epoch` uint32 [b], where b = batch_size / process_count rows are this
-  process's slice of the global batch. Every pair comes once an epoch; a batch
-  may cross epochs. Raises ValueError for sizes that do not fit and, from
-  next(), for an image that cannot be decoded.
+  A batch holds `images` uint8 [b, 2, H, W, 3], `sizes` int32 [b, 2, 4]
+  (original height and width, crop top and left), `input_ids` int32 [b, ...]
+  as the tokenizer gives them, `id` and `epoch` uint32 [b], where
+  b = batch_size / process_count rows are this process's slice of the global
+  batch. Every pair comes once an epoch; a batch may cross epochs. Raises
+  ValueError for sizes that do not fit and, from next(), for an image that
+  cannot be decoded.
   """
   return _make_loader(
     pairs,
@@ -104,7 +108,7 @@ def make_pair_loader(
 
 def make_image_loader(
   images: pairs_lib.CaptionedImages,
-  tokenizer: tokenizer_lib.Tokenizer,
+  tokenizer: tokenizer_lib.Encoder,
   *,
   batch_size: int,
   seed: int,
@@ -116,13 +120,13 @@ def make_image_loader(
 ) -> BatchIterator:
   """Returns batches of single captioned images.
 
-  As `make_pair_loader`, with `images` uint8 [b, H, W, 3] and `label` int32 [b],
-  the index of the image's style.
+  As `make_pair_loader`, with `images` uint8 [b, H, W, 3], `sizes` int32 [b, 4]
+  and `label` int32 [b], the index of the image's style.
   """
 
   def finish(batch: Batch, rows: np.ndarray) -> Batch:
-    single = {'images': batch['images'][:, 0], 'label': images.styles[rows]}
-    return batch | single
+    single = {name: batch[name][:, 0] for name in ('images', 'sizes')}
+    return batch | single | {'label': images.styles[rows]}
 
   return _make_loader(
     images,
@@ -141,7 +145,7 @@ def make_image_loader(
 
 def _make_loader(
   examples: pairs_lib.Pairs | pairs_lib.CaptionedImages,
-  tokenizer: tokenizer_lib.Tokenizer,
+  tokenizer: tokenizer_lib.Encoder,
   *,
   columns: Sequence[Sequence[bytes]],
   finish: Callable[[Batch, np.ndarray], Batch],
@@ -163,10 +167,10 @@ def _make_loader(
   begin = process_index * local
   store = _PictureStore(columns, resolution)
 
-  def load_example(row: int, epoch: int) -> np.ndarray:
+  def load_example(row: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     example_id = int(examples.ids[row])
     try:
-      pictures = store.load(row)
+      pictures, originals = store.load(row)
     except ValueError as error:
       raise ValueError(
         f'example {example_id}, caption {examples.captions[row]!r}: {error}'
@@ -174,15 +178,25 @@ def _make_loader(
     augmentation = images_lib.draw_augmentation(
       seed, example_id, epoch, random_crop=random_crop, flip=flip
     )
-    return images_lib.shared_crop_flip(pictures, resolution, augmentation)
+    sizes = [
+      images_lib.size_conditioning(
+        original, picture.shape[:2], resolution, augmentation
+      )
+      for original, picture in zip(originals, pictures, strict=True)
+    ]
+    images = images_lib.shared_crop_flip(pictures, resolution, augmentation)
+    return images, np.array(sizes, np.int32)
 
   def load(batch: np.ndarray) -> Batch:
     rows, epochs = batch[begin : begin + local].T
     captions = [examples.captions[row] for row in rows]
+    images, sizes = zip(
+      *(load_example(*place) for place in zip(rows, epochs, strict=True)),
+      strict=True,
+    )
     loaded = {
-      'images': np.stack(
-        [load_example(*place) for place in zip(rows, epochs, strict=True)]
-      ),
+      'images': np.stack(images),
+      'sizes': np.stack(sizes),
       'input_ids': tokenizer.encode(captions)[0],
       'id': examples.ids[rows],
       'epoch': epochs.astype(np.uint32),
@@ -235,7 +249,7 @@ class _PictureStore:
     """`columns`: one list of encoded images for each place in an example."""
     self._columns = columns
     self._resolution = resolution
-    self._cache: dict[int, list[np.ndarray]] = {}
+    self._cache: dict[int, _Pictures] = {}
     self._room = CACHE_BYTES
     self._lock = threading.Lock()
     # A cache for a part of a shuffled data set would hit as rarely as it is
@@ -243,20 +257,20 @@ class _PictureStore:
     square = 3 * resolution**2
     self._caching = len(columns) * len(columns[0]) * square <= CACHE_BYTES
 
-  def load(self, row: int) -> list[np.ndarray]:
-    """Returns uint8 [h, w, 3], the shorter side resized, for each place."""
+  def load(self, row: int) -> _Pictures:
+    """Returns the pictures, the shorter side resized, and original sizes."""
     if row in self._cache:
       return self._cache[row]
+    decoded = [images_lib.decode(column[row]) for column in self._columns]
     pictures = [
-      images_lib.resize_shorter(
-        images_lib.decode(column[row]), self._resolution
-      )
-      for column in self._columns
+      images_lib.resize_shorter(picture, self._resolution)
+      for picture in decoded
     ]
+    loaded = pictures, [picture.shape[:2] for picture in decoded]
     if self._caching:
       with self._lock:
         size = sum(picture.nbytes for picture in pictures)
         if row not in self._cache and size <= self._room:
-          self._cache[row] = pictures
+          self._cache[row] = loaded
           self._room -= size
-    return pictures
+    return loaded

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import threading
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import transformers
@@ -11,6 +12,14 @@ from jaxtyping import Int32
 
 # transformers writes a huge number where a tokenizer has no limit.
 _NO_LIMIT = 1 << 20
+
+
+class Encoder(Protocol):
+  """Whatever turns captions into token ids."""
+
+  def encode(self, captions: Sequence[str]) -> tuple[np.ndarray, int]:
+    """Returns int32 [n, ...] token ids and how many captions were cut."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +51,7 @@ class Tokenizer:
     texts = [
       caption.encode('utf-8', 'replace').decode() for caption in captions
     ]
-    # The backend's settings are changed inside a call, which other threads
-    # must not see.
-    with self._lock:
-      rows = self.backend(texts, verbose=False)['input_ids']
+    rows = self._encode(texts)
     truncated = 0
     for i, row in enumerate(rows):
       if len(row) > self.max_length:
@@ -53,6 +59,68 @@ class Tokenizer:
         truncated += 1
       ids[i, : len(row)] = row
     return ids, truncated
+
+  def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text with start and end, as long as they are."""
+    mark = self.backend.pad_token
+    if mark in (self.backend.bos_token, self.backend.eos_token):
+      parts = [[text] for text in texts]
+    else:
+      # SD 2.x and SDXL pad with '!'. A text that holds one has always been
+      # cut there by transformers and given the padding's id, in training too.
+      # More marks than the tokens that are kept need not be told apart.
+      parts = [text.split(mark, self.max_length) for text in texts]
+    # The backend's settings are changed inside a call, which other threads
+    # must not see.
+    with self._lock:
+      found = iter(
+        self.backend(
+          [part for row in parts for part in row],
+          add_special_tokens=False,
+          verbose=False,
+        )['input_ids']
+      )
+    rows = []
+    for row in parts:
+      ids = [self.backend.bos_token_id, *next(found)]
+      for _ in row[1:]:
+        ids += [self.backend.pad_token_id, *next(found)]
+      rows.append([*ids, self.backend.eos_token_id])
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizers:
+  """The tokenizers of a pipeline, one for each text encoder, in order."""
+
+  members: tuple[Tokenizer, ...]
+
+  def encode(
+    self, captions: Sequence[str]
+  ) -> tuple[Int32[np.ndarray, 'n k s'], int]:
+    """Returns int32 [n, k, s] token ids and how many captions were cut.
+
+    SDXL's two tokenizers give the same tokens and other padding.
+    """
+    encoded = [member.encode(captions) for member in self.members]
+    ids = np.stack([rows for rows, _ in encoded], axis=1)
+    return ids, max(cut for _, cut in encoded)
+
+
+def load_all(folders: Sequence[str | pathlib.Path]) -> Tokenizers:
+  """Returns the tokenizers of these folders.
+
+  Raises ValueError for a folder that is no CLIP tokenizer, and when their
+  lengths differ.
+  """
+  members = tuple(load(folder) for folder in folders)
+  lengths = {member.max_length for member in members}
+  if len(lengths) > 1:
+    raise ValueError(
+      f'{", ".join(map(str, folders))}: tokenizers of different '
+      f'model_max_length {sorted(lengths)}; they must be equal'
+    )
+  return Tokenizers(members)
 
 
 def load(

@@ -18,14 +18,14 @@ def to_eps(
   *,
   prediction_type: str,
 ) -> types.Latents:
-  """eps_hat from a network output of the given prediction type."""
+  """eps_hat from a network output; for x_0, sigma_t must not be zero."""
   if prediction_type == 'epsilon':
     return output
   if prediction_type == 'v_prediction':
     return alpha_t * output + sigma_t * x_t
-  raise ValueError(
-    f'prediction_type {prediction_type!r}: allowed are epsilon, v_prediction'
-  )
+  if prediction_type == 'sample':
+    return (x_t - alpha_t * output) / sigma_t
+  raise _unknown(prediction_type, 'epsilon, v_prediction, sample')
 
 
 def to_x_0(
@@ -41,9 +41,9 @@ def to_x_0(
     return (x_t - sigma_t * output) / alpha_t
   if prediction_type == 'v_prediction':
     return alpha_t * x_t - sigma_t * output
-  raise ValueError(
-    f'prediction_type {prediction_type!r}: allowed are epsilon, v_prediction'
-  )
+  if prediction_type == 'sample':
+    return output
+  raise _unknown(prediction_type, 'epsilon, v_prediction, sample')
 
 
 def training_target(
@@ -54,11 +54,20 @@ def training_target(
   *,
   prediction_type: str,
 ) -> types.Latents:
-  """What the network is regressed on: eps or v."""
+  """What the network is regressed on: eps or v.
+
+  Networks that predict x_0 (`sample`) can be sampled but not trained: the
+  timestep weights of the objectives are those of eps and v.
+  """
   if prediction_type == 'epsilon':
     return eps
   if prediction_type == 'v_prediction':
     return alpha_t * eps - sigma_t * x_0
-  raise ValueError(
-    f'prediction_type {prediction_type!r}: allowed are epsilon, v_prediction'
+  raise _unknown(prediction_type, 'epsilon, v_prediction')
+
+
+def _unknown(prediction_type: str, allowed: str) -> ValueError:
+  return ValueError(
+    f'prediction_type={prediction_type!r} is not supported here; allowed: '
+    f'{allowed}'
   )

@@ -1,18 +1,152 @@
-"""Samplers: pure functions over a DenoiseFn, one `lax.scan` each."""
+"""Samplers: pure functions over a DenoiseFn, one `lax.scan` each.
 
+plan = make_plan(scheduler_config, 50, sampler='ddim')
+x_0 = sample(plan, denoise_fn, plan.from_noise(eps))
+"""
+
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dpo_jax import types
-from dpo_jax.diffusion import predict
-from dpo_jax.diffusion import schedule as schedule_lib
+from dpo_jax.diffusion import ddim, dpm_solver, euler, predict
+from dpo_jax.diffusion import options as options_lib
+from dpo_jax.diffusion import plan as plan_lib
 
-# t (scalar) -> standard normal noise [n h w c], the same for the same t.
+SAMPLERS = tuple(options_lib.SAMPLER_CLASSES)
+WITH_KARRAS = ('euler', 'dpmpp_2m')
+
+# Place of the step in the whole range (int32 scalar) -> standard normal noise
+# of the state's shape.
 NoiseFn = Callable[[jax.Array], types.Latents]
-SAMPLERS = ('ddim', 'ddpm')
+Plan = plan_lib.Plan
+
+
+def from_scheduler_class(class_name: str) -> str | None:
+  """The sampler of a diffusers scheduler class, or None if there is none."""
+  names = {value: key for key, value in options_lib.SAMPLER_CLASSES.items()}
+  return names.get(class_name)
+
+
+def make_plan(
+  scheduler_config: dict[str, Any],
+  num_steps: int,
+  *,
+  sampler: str,
+  eta: float = 0.0,
+  karras: bool | None = None,
+  strength: float = 1.0,
+  start: float = 0.0,
+  end: float = 1.0,
+) -> Plan:
+  """The steps of a sampler, as its diffusers class takes them.
+
+  Args:
+    scheduler_config: contents of scheduler_config.json, see `options.read`.
+    num_steps: of the whole range; fewer are made with the last three options.
+    sampler: one of SAMPLERS.
+    eta: noise of ddim, 0 (none) to 1 (as much as ddpm).
+    karras: Karras sigmas on or off, for euler and dpmpp_2m; None: by the file.
+    strength, start, end: the part of the range, see `plan.find_range`.
+
+  Raises:
+    ValueError: an unknown sampler, an option that is not supported or that the
+      sampler does not have, steps out of range, or a range without steps.
+  """
+  options = options_lib.read(scheduler_config, sampler=sampler)
+  if karras is not None and sampler in WITH_KARRAS:
+    options = dataclasses.replace(options, use_karras_sigmas=bool(karras))
+  elif karras:
+    raise ValueError(
+      f'karras=True is not possible with sampler={sampler!r}; allowed: '
+      + ', '.join(WITH_KARRAS)
+    )
+  if eta and sampler != 'ddim':
+    raise ValueError(
+      f'eta={eta} is not possible with sampler={sampler!r}; it belongs to ddim'
+    )
+  if not 0.0 <= eta <= 1.0:
+    raise ValueError(f'eta={eta} is not in [0, 1]; 0 is deterministic')
+  rows = _make_rows(options, num_steps, eta)
+  total = options.num_train_timesteps
+  first, last = plan_lib.find_range(
+    rows.t, total, strength=strength, start=start, end=end
+  )
+  rows = plan_lib.cut(rows, first, last)
+  if options.prediction_type == 'epsilon' and rows.alpha[0] == 0.0:
+    raise ValueError(
+      f'sampler={sampler!r} cannot start at timestep {rows.t[0]}: with '
+      'rescale_betas_zero_snr it holds no signal, and epsilon says nothing of '
+      "x_0 there; use timestep_spacing='leading' or an Euler sampler"
+    )
+  clip_range = options.clip_sample_range if options.clip_sample else None
+  return Plan(rows, options.prediction_type, clip_range)
+
+
+def _make_rows(
+  options: options_lib.Options, num_steps: int, eta: float
+) -> plan_lib.Rows:
+  if options.sampler == 'ddim':
+    return ddim.ddim_rows(options, num_steps, eta=eta)
+  make = {
+    'ddpm': ddim.ddpm_rows,
+    'euler': euler.euler_rows,
+    'euler_ancestral': euler.ancestral_rows,
+    'dpmpp_2m': dpm_solver.dpmpp_2m_rows,
+  }[options.sampler]
+  return make(options, num_steps)
+
+
+def sample(
+  plan: Plan,
+  denoise_fn: types.DenoiseFn,
+  state: types.Latents,
+  *,
+  noise_fn: NoiseFn | None = None,
+) -> types.Latents:
+  """Takes the plan's steps from `state` [n h w c]; float32.
+
+  The result is x_0, or for a plan with end < 1 the state that a plan with the
+  same settings and start = end goes on from, unchanged.
+
+  Args:
+    denoise_fn: (x_t, t [n]) -> the network's output of the plan's
+      prediction_type; t is int32, and float32 for the Euler samplers.
+    state: from `plan.from_noise`, `plan.from_image` or another plan.
+    noise_fn: noise of each step, for plans with `needs_noise`.
+  """
+  if plan.needs_noise and noise_fn is None:
+    raise ValueError('this sampler draws noise at its steps: pass noise_fn')
+  names = tuple(plan.rows.weights)
+
+  def step(carry, row):
+    state, last_x_0 = carry
+    eps, x_0 = _predict_both(plan, denoise_fn, row.scale * state, row)
+    terms = {'state': state, 'x_0': x_0, 'eps': eps, 'last_x_0': last_x_0}
+    if plan.needs_noise:
+      terms['noise'] = noise_fn(row.index)
+    state = sum(row.weights[name] * terms[name] for name in names)
+    return (state, x_0), None
+
+  state = state.astype(jnp.float32)
+  rows = plan.rows._replace(init_scale=None)
+  (state, _), _ = jax.lax.scan(step, (state, jnp.zeros_like(state)), rows)
+  return state
+
+
+def _predict_both(plan, denoise_fn, x_t, row):
+  """eps_hat and x_0_hat in float32, x_0_hat with the plan's clipping."""
+  t = jnp.full((len(x_t),), row.t)
+  output = denoise_fn(x_t, t).astype(jnp.float32)
+  at = (output, x_t, row.alpha, row.sigma)
+  eps = predict.to_eps(*at, prediction_type=plan.prediction_type)
+  x_0 = predict.to_x_0(*at, prediction_type=plan.prediction_type)
+  if plan.clip_range is not None:
+    x_0 = jnp.clip(x_0, -plan.clip_range, plan.clip_range)
+  return eps, x_0
 
 
 def ddpm_posterior(
@@ -26,101 +160,7 @@ def ddpm_posterior(
   The step from `prev` to `t` may jump over timesteps; its own noise level is
   alpha = alphas_cumprod_t / alphas_cumprod_prev. Scalars broadcast.
   """
-  alpha = alphas_cumprod_t / alphas_cumprod_prev
-  beta = 1.0 - alpha
-  variance_t = 1.0 - alphas_cumprod_t
-  variance_prev = 1.0 - alphas_cumprod_prev
-  mean = (
-    jnp.sqrt(alphas_cumprod_prev) * beta / variance_t * x_0
-    + jnp.sqrt(alpha) * variance_prev / variance_t * x_t
+  on_x_0, on_x_t, variance = ddim.posterior_weights(
+    alphas_cumprod_t, alphas_cumprod_prev
   )
-  return mean, variance_prev / variance_t * beta
-
-
-def _step_table(
-  schedule: schedule_lib.Schedule, num_steps: int
-) -> dict[str, np.ndarray]:
-  """Per sampler step: timestep, and alphas_cumprod now and after the step."""
-  t = schedule.sampling_timesteps(num_steps)
-  previous = t - schedule.num_steps // num_steps
-  after = np.where(
-    previous >= 0,
-    schedule.alphas_cumprod[np.maximum(previous, 0)],
-    schedule.final_alpha_cumprod,
-  )
-  return {
-    't': t,
-    'now': schedule.alphas_cumprod[t],
-    'after': after.astype(np.float32),
-  }
-
-
-def _predict_both(denoise_fn, x_t, row, schedule):
-  """eps_hat and x_0_hat in float32, with the schedule's clipping."""
-  t = jnp.full((x_t.shape[0],), row['t'])
-  alpha_t, sigma_t = jnp.sqrt(row['now']), jnp.sqrt(1.0 - row['now'])
-  output = denoise_fn(x_t, t).astype(jnp.float32)
-  kind = {'prediction_type': schedule.prediction_type}
-  x_0 = predict.to_x_0(output, x_t, alpha_t, sigma_t, **kind)
-  eps = predict.to_eps(output, x_t, alpha_t, sigma_t, **kind)
-  if schedule.clip_sample_range is not None:
-    limit = schedule.clip_sample_range
-    x_0 = jnp.clip(x_0, -limit, limit)
-  return eps, x_0
-
-
-def ddim(
-  denoise_fn: types.DenoiseFn,
-  x_t: types.Latents,
-  *,
-  schedule: schedule_lib.Schedule,
-  num_steps: int,
-  eta: float = 0.0,
-  noise_fn: NoiseFn | None = None,
-) -> types.Latents:
-  """DDIM from noise x_t [n h w c] to x_0 [n h w c].
-
-  Song et al., 2021, eq. 12 and 16: eta 0 is deterministic, eta 1 has the
-  DDPM posterior's variance and then needs `noise_fn`.
-  """
-  if eta and noise_fn is None:
-    raise ValueError('ddim with eta > 0 draws noise: pass noise_fn')
-  rows = _step_table(schedule, num_steps)
-
-  def step(x_t, row):
-    eps, x_0 = _predict_both(denoise_fn, x_t, row, schedule)
-    now, after = row['now'], row['after']
-    variance = eta**2 * (1.0 - after) / (1.0 - now) * (1.0 - now / after)
-    x = jnp.sqrt(after) * x_0 + jnp.sqrt(1.0 - after - variance) * eps
-    if eta:
-      x += jnp.sqrt(variance) * noise_fn(row['t'])
-    return x, None
-
-  x_0, _ = jax.lax.scan(step, x_t.astype(jnp.float32), rows)
-  return x_0
-
-
-def ddpm(
-  denoise_fn: types.DenoiseFn,
-  x_t: types.Latents,
-  *,
-  schedule: schedule_lib.Schedule,
-  num_steps: int,
-  noise_fn: NoiseFn,
-) -> types.Latents:
-  """Ancestral sampling with the posterior's (small) variance.
-
-  Ho et al., 2020, algorithm 2. x_t [n h w c] noise; returns x_0 [n h w c].
-  """
-  rows = _step_table(schedule, num_steps)
-
-  def step(x_t, row):
-    _, x_0 = _predict_both(denoise_fn, x_t, row, schedule)
-    mean, variance = ddpm_posterior(x_0, x_t, row['now'], row['after'])
-    # The last step returns the mean, as the algorithm asks.
-    noise = jnp.where(row['last'], 0.0, noise_fn(row['t']))
-    return mean + jnp.sqrt(variance) * noise, None
-
-  rows['last'] = np.arange(num_steps) == num_steps - 1
-  x_0, _ = jax.lax.scan(step, x_t.astype(jnp.float32), rows)
-  return x_0
+  return on_x_0 * x_0 + on_x_t * x_t, variance

@@ -7,11 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from dpo_jax import types
+from dpo_jax.diffusion import options as options_lib
 
-PREDICTION_TYPES = ('epsilon', 'v_prediction')
-TIMESTEP_SPACINGS = ('leading', 'trailing', 'linspace')
+# diffusers' sigma-based classes put this in the place of a final zero, so
+# that the first edm_sigma is 4096 and not infinite.
+SMALLEST_ALPHAS_CUMPROD = 2.0**-24
+SIGMA_SAMPLERS = ('euler', 'euler_ancestral', 'dpmpp_2m')
 
 
 def _linear(num_steps: int, start: float, end: float) -> np.ndarray:
@@ -36,7 +40,9 @@ BETA_SCHEDULES = {
 }
 
 
-def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+def rescale_zero_terminal_snr(
+  betas: Float[np.ndarray, ' T'],
+) -> Float[np.ndarray, ' T']:
   """Betas [T] shifted and scaled so that the last step is pure noise.
 
   sqrt(alphas_cumprod) is moved to end at 0 and stretched to keep its first
@@ -60,20 +66,12 @@ class Schedule:
   Attributes:
     betas: [T] float32.
     alphas_cumprod: [T] float32, decreasing.
-    prediction_type: what the network outputs, one of PREDICTION_TYPES.
-    timestep_spacing: how samplers thin out the T steps.
-    steps_offset: added to the timesteps of `leading` spacing.
-    final_alpha_cumprod: value used as the step before timestep 0.
-    clip_sample_range: x_0_hat is clipped to +- this in samplers, or None.
+    prediction_type: what the network outputs: epsilon, v_prediction or sample.
   """
 
-  betas: np.ndarray
-  alphas_cumprod: np.ndarray
+  betas: Float[np.ndarray, ' T']
+  alphas_cumprod: Float[np.ndarray, ' T']
   prediction_type: str = 'epsilon'
-  timestep_spacing: str = 'leading'
-  steps_offset: int = 0
-  final_alpha_cumprod: float = 1.0
-  clip_sample_range: float | None = None
 
   @property
   def num_steps(self) -> int:
@@ -81,7 +79,7 @@ class Schedule:
     return len(self.betas)
 
   def alpha_sigma(self, t: types.Timesteps) -> tuple[jax.Array, jax.Array]:
-    """alpha_t and sigma_t, float32, of t's shape."""
+    """alpha_t and sigma_t, float32, of the shape of t (integers)."""
     alphas_cumprod = jnp.asarray(self.alphas_cumprod)[t]
     return jnp.sqrt(alphas_cumprod), jnp.sqrt(1.0 - alphas_cumprod)
 
@@ -93,70 +91,46 @@ class Schedule:
     expand = (...,) + (None,) * (x_0.ndim - t.ndim)
     return alpha_t[expand] * x_0 + sigma_t[expand] * eps
 
-  def sampling_timesteps(self, num_inference_steps: int) -> np.ndarray:
-    """Descending int32 timesteps [num_inference_steps] for a sampler.
 
-    The spacings are those of Lin et al., 2023, table 2. Raises ValueError
-    for a number of steps outside [1, T].
-    """
-    n, total = num_inference_steps, self.num_steps
-    if not 1 <= n <= total:
-      raise ValueError(f'sampling steps must be in [1, {total}], got {n}')
-    if self.timestep_spacing == 'leading':
-      steps = np.arange(n)[::-1] * (total // n) + self.steps_offset
-    elif self.timestep_spacing == 'trailing':
-      steps = np.round(np.arange(total, 0, -total / n)) - 1
-    else:
-      steps = np.round(np.linspace(0, total - 1, n))[::-1]
-    return np.clip(steps, 0, total - 1).astype(np.int32)
+def make_tables(
+  options: options_lib.Options,
+) -> tuple[Float[np.ndarray, ' T'], Float[np.ndarray, ' T']]:
+  """(betas, alphas_cumprod), both [T] float64.
 
-
-def _choice(config: dict, key: str, default: Any, allowed) -> Any:
-  value = config.get(key, default)
-  if value not in allowed:
-    raise ValueError(
-      f'scheduler_config.json: {key}={value!r} is not supported; allowed: '
-      + ', '.join(map(repr, allowed))
-    )
-  return value
-
-
-def from_config(config: dict[str, Any]) -> Schedule:
-  """Builds a Schedule from the contents of `scheduler_config.json`.
-
-  Raises ValueError naming the option that is not supported.
+  With `rescale_betas_zero_snr` the last alphas_cumprod is 0, but 2^-24 for
+  the samplers that divide by it.
   """
-  if config.get('trained_betas') is not None:
-    raise ValueError(
-      'scheduler_config.json: trained_betas is not supported; give '
-      'beta_schedule, beta_start and beta_end'
+  if options.trained_betas is not None:
+    betas = np.array(options.trained_betas, np.float64)
+  else:
+    betas = BETA_SCHEDULES[options.beta_schedule](
+      options.num_train_timesteps, options.beta_start, options.beta_end
     )
-  if config.get('thresholding'):
-    raise ValueError(
-      'scheduler_config.json: thresholding=true is not supported; it is meant '
-      'for pixel-space models'
-    )
-  name = _choice(config, 'beta_schedule', 'linear', tuple(BETA_SCHEDULES))
-  betas = BETA_SCHEDULES[name](
-    config.get('num_train_timesteps', 1000),
-    config.get('beta_start', 0.0001),
-    config.get('beta_end', 0.02),
-  )
-  if config.get('rescale_betas_zero_snr', False):
+  if options.rescale_betas_zero_snr:
     betas = rescale_zero_terminal_snr(betas)
   alphas_cumprod = np.cumprod(1.0 - betas)
-  clip = config.get('clip_sample', True)
-  to_one = config.get('set_alpha_to_one', True)
+  if options.rescale_betas_zero_snr and options.sampler in SIGMA_SAMPLERS:
+    alphas_cumprod[-1] = SMALLEST_ALPHAS_CUMPROD
+  return betas, alphas_cumprod
+
+
+def from_config(
+  scheduler_config: dict[str, Any], *, sampler: str | None = None
+) -> Schedule:
+  """Builds a Schedule from the contents of `scheduler_config.json`.
+
+  Without a sampler it is the training schedule; with one, the table that the
+  sampler's diffusers class steps along. The two differ only in the last entry
+  of a schedule with zero terminal SNR. For such a schedule whatever the file
+  says, give {**scheduler_config, 'rescale_betas_zero_snr': True}.
+
+  Raises:
+    ValueError: names the option that is not supported.
+  """
+  options = options_lib.read(scheduler_config, sampler=sampler)
+  betas, alphas_cumprod = make_tables(options)
   return Schedule(
     betas=betas.astype(np.float32),
-    alphas_cumprod=np.maximum(alphas_cumprod, 0.0).astype(np.float32),
-    prediction_type=_choice(
-      config, 'prediction_type', 'epsilon', PREDICTION_TYPES
-    ),
-    timestep_spacing=_choice(
-      config, 'timestep_spacing', 'leading', TIMESTEP_SPACINGS
-    ),
-    steps_offset=config.get('steps_offset', 0),
-    final_alpha_cumprod=1.0 if to_one else float(alphas_cumprod[0]),
-    clip_sample_range=config.get('clip_sample_range', 1.0) if clip else None,
+    alphas_cumprod=alphas_cumprod.astype(np.float32),
+    prediction_type=options.prediction_type,
   )

@@ -53,23 +53,58 @@ def save_pair_grid(
   appear whole or not at all. Raises ValueError when lengths disagree.
   """
   check_pairs(base, aligned, prompts, outcomes)
-  if columns < 1 or per_page < 1:
-    raise ValueError(f'columns={columns}, per_page={per_page}: give 1 or more')
+  return _save_pages(
+    path,
+    (to_pixels(base), to_pixels(aligned)),
+    prompts,
+    outcomes,
+    per_page=per_page,
+    labels=labels,
+    title=title,
+    columns=columns,
+  )
+
+
+def save_contact_sheet(
+  path: str | os.PathLike,
+  images: UInt8[np.ndarray, 'n H W 3'],
+  prompts: Sequence[str],
+  *,
+  title: str = '',
+  columns: int = 8,
+  per_page: int = 64,
+) -> list[pathlib.Path]:
+  """Writes PNG pages of single images; names and errors as above."""
+  check_pairs(images, images, prompts)
+  return _save_pages(
+    path,
+    (images,),
+    prompts,
+    None,
+    per_page=per_page,
+    labels=(),
+    title=title,
+    columns=columns,
+  )
+
+
+def _save_pages(path, panels, prompts, outcomes, *, per_page, title, **options):
+  if options['columns'] < 1 or per_page < 1:
+    raise ValueError(
+      f'columns={options["columns"]}, per_page={per_page}: give 1 or more'
+    )
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  left, right = to_pixels(base), to_pixels(aligned)
   pages = math.ceil(len(prompts) / per_page)
   written = []
   for page in range(pages):
     part = slice(page * per_page, (page + 1) * per_page)
     sheet = _draw_page(
-      left[part],
-      right[part],
+      [images[part] for images in panels],
       prompts[part],
       None if outcomes is None else outcomes[part],
-      labels=labels,
       title=title + (f'  ({page + 1} of {pages})' if pages > 1 else ''),
-      columns=columns,
+      **options,
     )
     name = f'{path.stem}-{page + 1:02d}.png' if pages > 1 else path.name
     _save_whole(sheet, path.with_name(name))
@@ -106,19 +141,20 @@ def display_size(height: int, width: int) -> tuple[int, int]:
   return max(1, round(scale * height)), max(1, round(scale * width))
 
 
-def _draw_page(left, right, prompts, outcomes, *, labels, title, columns):
-  height, width = display_size(*left.shape[1:3])
-  block = 2 * width + INNER_GAP
+def _draw_page(panels, prompts, outcomes, *, labels, title, columns):
+  height, width = display_size(*panels[0].shape[1:3])
+  block = len(panels) * (width + INNER_GAP) - INNER_GAP
   # About a screen's width, whatever the resolution.
   columns = min(columns, len(prompts), max(1, 1360 // (block + PAIR_GAP)))
   rows = math.ceil(len(prompts) / columns)
   top = MARGIN + (TITLE_HEIGHT if title else 0)
+  header = HEADER_HEIGHT if labels else 0
   row_height = height + 6 + CAPTION_LINES * LINE_HEIGHT + ROW_GAP
   sheet = Image.new(
     'RGB',
     (
       2 * MARGIN + columns * block + (columns - 1) * PAIR_GAP,
-      top + HEADER_HEIGHT + rows * row_height + MARGIN - ROW_GAP,
+      top + header + rows * row_height + MARGIN - ROW_GAP,
     ),
     PAPER,
   )
@@ -136,8 +172,8 @@ def _draw_page(left, right, prompts, outcomes, *, labels, title, columns):
   for i, prompt in enumerate(prompts):
     row, column = divmod(i, columns)
     x = MARGIN + column * (block + PAIR_GAP)
-    y = top + HEADER_HEIGHT + row * row_height
-    for side, image in enumerate((left[i], right[i])):
+    y = top + header + row * row_height
+    for side, image in enumerate(panel[i] for panel in panels):
       place = (x + side * (width + INNER_GAP), y)
       sheet.paste(_resize(image, height, width), place)
     indent = 0

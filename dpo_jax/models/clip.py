@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ LEGACY_EOS = 2
 HARMLESS = frozenset(
   'architectures model_type transformers_version torch_dtype dtype'
   ' initializer_factor initializer_range pad_token_id bos_token_id'
-  ' projection_dim return_dict output_attentions output_hidden_states'
+  ' return_dict output_attentions output_hidden_states'
   ' use_cache chunk_size_feed_forward is_encoder_decoder is_decoder'
   ' tie_word_embeddings id2label label2id problem_type'
   ' gradient_checkpointing'.split()
@@ -30,13 +30,32 @@ HARMLESS = frozenset(
 FIXED = {'attention_dropout': (0.0,), 'dropout': (0.0,)}
 
 
+class TextOutput(NamedTuple):
+  """What a text encoder says of n prompts of s tokens, float32.
+
+  Attributes:
+    last_hidden_state: after the final norm; conditions SD 1.x and 2.x.
+    penultimate: what enters the last layer, not normed (`hidden_states[-2]` of
+      transformers); conditions SDXL.
+    pooled: of the whole prompt, from `last_hidden_state` at the end of text.
+  """
+
+  last_hidden_state: Float[Array, 'n s d']
+  penultimate: Float[Array, 'n s d']
+  pooled: Float[Array, 'n e']
+
+
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-  """The options of a CLIP text encoder; transformers' names and defaults."""
+  """The options of a CLIP text encoder; transformers' names and defaults.
+
+  `projection_dim` is of CLIPTextModelWithProjection alone.
+  """
 
   vocab_size: int = 49408
   hidden_size: int = 512
   intermediate_size: int = 2048
+  projection_dim: int = 512
   num_hidden_layers: int = 12
   num_attention_heads: int = 8
   max_position_embeddings: int = 77
@@ -48,6 +67,8 @@ class CLIPTextConfig:
     options.check_types(self)
     allowed = ' or '.join(ACTIVATIONS)
     options.check(self.hidden_act in ACTIVATIONS, self, 'hidden_act', allowed)
+    for option in ('num_hidden_layers', 'projection_dim'):
+      options.check(getattr(self, option) > 0, self, option, '1 or more')
     heads = self.num_attention_heads
     options.check(
       heads > 0 and self.hidden_size % heads == 0,
@@ -63,19 +84,17 @@ class CLIPTextConfig:
 
 
 class CLIPTextModel(nn.Module):
-  """Token ids to states after the last norm, and the pooled state."""
+  """Token ids to text states."""
 
   config: CLIPTextConfig
   dtype: types.DTypeLike = jnp.float32
 
   @nn.compact
-  def __call__(
-    self, input_ids: Int[Array, 'n s']
-  ) -> tuple[Float[Array, 'n s d'], Float[Array, 'n d']]:
-    """(last_hidden_state [n s d], pooled [n d]), both float32.
+  def __call__(self, input_ids: Int[Array, 'n s']) -> TextOutput:
+    """States and, as `pooled` [n d], the last state at the end of text.
 
-    The pooled state is the one at the first end-of-text token; with the legacy
-    `eos_token_id` 2 it is the one at the largest id.
+    That is the first end-of-text token; with the legacy `eos_token_id` 2 the
+    largest id, which is the end of text in CLIP's vocabulary.
 
     Raises:
       ValueError: more tokens than the encoder has positions.
@@ -83,6 +102,31 @@ class CLIPTextModel(nn.Module):
     return TextTransformer(self.config, self.dtype, name='text_model')(
       input_ids
     )
+
+
+class CLIPTextModelWithProjection(nn.Module):
+  """A CLIPTextModel whose pooled state is projected to where images are."""
+
+  config: CLIPTextConfig
+  dtype: types.DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(self, input_ids: Int[Array, 'n s']) -> TextOutput:
+    """As CLIPTextModel, but `pooled` [n projection_dim] is projected.
+
+    Raises:
+      ValueError: more tokens than the encoder has positions.
+    """
+    output = TextTransformer(self.config, self.dtype, name='text_model')(
+      input_ids
+    )
+    pooled = layers.Dense(
+      self.config.projection_dim,
+      use_bias=False,
+      dtype=self.dtype,
+      name='text_projection',
+    )(output.pooled.astype(self.dtype))
+    return output._replace(pooled=pooled.astype(jnp.float32))
 
 
 class TextTransformer(nn.Module):
@@ -95,7 +139,7 @@ class TextTransformer(nn.Module):
   def __call__(self, input_ids):
     config = self.config
     x = Embeddings(config, self.dtype, name='embeddings')(input_ids)
-    x = Encoder(config, self.dtype, name='encoder')(x)
+    x, penultimate = Encoder(config, self.dtype, name='encoder')(x)
     states = layers.layer_norm(
       dtype=self.dtype, name='final_layer_norm', eps=config.layer_norm_eps
     )(x).astype(jnp.float32)
@@ -103,7 +147,11 @@ class TextTransformer(nn.Module):
       position = jnp.argmax(input_ids, axis=-1)
     else:
       position = jnp.argmax(input_ids == config.eos_token_id, axis=-1)
-    return states, states[jnp.arange(len(states)), position]
+    return TextOutput(
+      last_hidden_state=states,
+      penultimate=penultimate.astype(jnp.float32),
+      pooled=states[jnp.arange(len(states)), position],
+    )
 
 
 class Embeddings(nn.Module):
@@ -137,16 +185,18 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
-  """The stack of layers."""
+  """The stack of layers; what leaves the last one and what enters it."""
 
   config: CLIPTextConfig
   dtype: types.DTypeLike
 
   @nn.compact
   def __call__(self, x):
+    before = x
     for i in range(self.config.num_hidden_layers):
+      before = x
       x = EncoderLayer(self.config, self.dtype, name=f'layers_{i}')(x)
-    return x
+    return x, before
 
 
 class EncoderLayer(nn.Module):

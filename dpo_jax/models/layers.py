@@ -102,12 +102,17 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock2D(nn.Module):
-  """norm, silu, conv; plus time; norm, silu, conv; plus shortcut."""
+  """norm, silu, conv; plus time; norm, silu, conv; plus shortcut.
+
+  With `scale_shift` the time acts on the second norm's output y as
+  y * (1 + scale) + shift (Dhariwal and Nichol 2021, section 3.1).
+  """
 
   features: int
   groups: int
   eps: float
   zero_init: bool = False
+  scale_shift: bool = False
   dtype: types.DTypeLike = jnp.float32
 
   @nn.compact
@@ -119,12 +124,11 @@ class ResnetBlock2D(nn.Module):
 
     h = jax.nn.silu(norm('norm1')(x))
     h = conv(self.features, dtype=self.dtype, name='conv1')(h)
-    if temb is not None:
-      shift = Dense(self.features, dtype=self.dtype, name='time_emb_proj')(
-        jax.nn.silu(temb)
-      )
-      h = h + shift[:, None, None, :]
-    h = jax.nn.silu(norm('norm2')(h))
+    if temb is None:
+      h = norm('norm2')(h)
+    else:
+      h = self._add_time(h, temb, norm('norm2'))
+    h = jax.nn.silu(h)
     h = conv(
       self.features, dtype=self.dtype, name='conv2', zero_init=self.zero_init
     )(h)
@@ -133,6 +137,16 @@ class ResnetBlock2D(nn.Module):
         x
       )
     return x + h
+
+  def _add_time(self, h, temb, norm):
+    width = 2 * self.features if self.scale_shift else self.features
+    time = Dense(width, dtype=self.dtype, name='time_emb_proj')(
+      jax.nn.silu(temb)
+    )[:, None, None, :]
+    if not self.scale_shift:
+      return norm(h + time)
+    scale, shift = jnp.split(time, 2, axis=-1)
+    return norm(h) * (1 + scale) + shift
 
 
 class Downsample2D(nn.Module):

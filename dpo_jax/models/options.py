@@ -64,28 +64,52 @@ def check_types(config: Any) -> None:
     if field.type is bool:
       check(isinstance(value, bool), config, field.name, 'true or false')
     elif field.type is int:
-      check(_is_count(value), config, field.name, 'an integer, 0 or more')
+      check(is_count(value), config, field.name, 'an integer, 0 or more')
     elif field.type is float:
       number = isinstance(value, (int, float)) and not isinstance(value, bool)
       check(number and value > 0, config, field.name, 'a number above 0')
     elif field.type == tuple[int, ...]:
       good = isinstance(value, tuple) and value
-      good = good and all(_is_count(v) and v > 0 for v in value)
+      good = good and all(is_count(v) and v > 0 for v in value)
       check(bool(good), config, field.name, 'a list of integers above 0')
 
 
 def spread(config: Any, option: str, length: int) -> None:
   """Turns one integer into one per block, in place, and checks the length."""
   value = getattr(config, option)
-  if _is_count(value):
+  if is_count(value):
     object.__setattr__(config, option, (value,) * length)
   else:
     good = isinstance(value, tuple) and len(value) == length
-    good = good and all(_is_count(item) for item in value)
+    good = good and all(is_count(item) for item in value)
     check(good, config, option, f'an integer or a list of {length} integers')
 
 
-def _is_count(value: Any) -> bool:
+def spread_layers(config: Any, option: str, counts: tuple[int, ...]) -> None:
+  """Turns integers into one per layer of each block, in place.
+
+  Allowed are one integer, one per block, or lists of one per layer in place of
+  a block's; `counts` is the number of layers of each block.
+  """
+  value, n = getattr(config, option), len(counts)
+  blocks = (value,) * n if is_count(value) else value
+  good = isinstance(blocks, tuple) and len(blocks) == n
+  if good:
+    blocks = tuple(
+      (block,) * count if is_count(block) else block
+      for block, count in zip(blocks, counts, strict=True)
+    )
+    good = all(
+      isinstance(block, tuple) and len(block) == count
+      for block, count in zip(blocks, counts, strict=True)
+    ) and all(is_count(depth) for block in blocks for depth in block)
+  allowed = f'an integer or a list of {n}, each an integer or a list of'
+  check(good, config, option, f'{allowed} {counts} integers')
+  object.__setattr__(config, option, blocks)
+
+
+def is_count(value: Any) -> bool:
+  """Is it an integer, 0 or more?"""
   return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 

@@ -1,17 +1,13 @@
 """Training of a latent diffusion model from captioned images."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
-from dpo_jax import keys as keys_lib
-from dpo_jax import stable_diffusion as sd_lib
 from dpo_jax import task as task_lib
 from dpo_jax import types
-from dpo_jax.diffusion import predict
-from dpo_jax.objectives import errors
-
-DRAWS = ('eps', 't', 'posterior', 'dropout')
+from dpo_jax.tasks import inputs as inputs_lib
 
 
 def min_snr_weight(
@@ -36,63 +32,36 @@ def min_snr_weight(
 
 def make_task(
   *,
-  model: sd_lib.StableDiffusion,
-  params: dict[str, types.Params],
-  empty_ids: Int[Array, ' s'],
-  prompt_dropout: float,
-  resolution: int,
+  inputs: inputs_lib.Inputs,
+  params: Mapping[str, types.Params],
   min_snr_gamma: float = 0.0,
 ) -> task_lib.Task:
-  """Trains UNet and text encoder together; the VAE is frozen.
+  """Trains UNet and text encoders together; the VAE is frozen.
 
-  The mean squared error of eps (or v) at uniform timesteps, Ho et al., 2020,
+  The mean squared error of eps (or v) at random timesteps, Ho et al., 2020,
   eq. 14, in the latent space of Rombach et al., 2022, eq. 3. With
   min_snr_gamma > 0 it is weighted by `min_snr_weight`; the logged err/policy
   is not.
   """
-  latent_shape = model.latent_shape(resolution)
+  schedule = inputs.model.schedule
+  trained = ('unet', *inputs.model.text_encoders)
 
   def loss(params, frozen, batch, key):
-    draws = {
-      name: keys_lib.per_example(named, batch['id'], batch['epoch'])
-      for name, named in keys_lib.by_name(key, DRAWS).items()
-    }
-    noise = keys_lib.normal(draws['posterior'], latent_shape)
-    images = sd_lib.to_float(batch['images'])
-    x_0 = model.encode_images(frozen['vae'], images, noise)
-    eps = keys_lib.normal(draws['eps'], latent_shape)
-    t = keys_lib.randint(draws['t'], 0, model.schedule.num_steps)
-    alpha_t, sigma_t = (
-      value[:, None, None, None] for value in model.schedule.alpha_sigma(t)
-    )
-    target = predict.training_target(
-      x_0,
-      eps,
-      alpha_t,
-      sigma_t,
-      prediction_type=model.schedule.prediction_type,
-    )
-    input_ids = sd_lib.drop_prompts(
-      batch['input_ids'], empty_ids, draws['dropout'], rate=prompt_dropout
-    )
-    output = model.apply_unet(
-      params['unet'],
-      alpha_t * x_0 + sigma_t * eps,
-      t,
-      model.encode_text(params['text_encoder'], input_ids),
-    )
-    err = errors.mean_squared(output[:, None], target[:, None])[:, 0]
+    # One image an example: a pair axis of length 1.
+    single = {name: batch[name][:, None] for name in ('images', 'sizes')}
+    made = inputs.make({**frozen, **params}, {**batch, **single}, key)
+    err = inputs.err(params['unet'], made)[:, 0]
     weight = 1.0
     if min_snr_gamma:
       weight = min_snr_weight(
-        *model.schedule.alpha_sigma(t),
+        *schedule.alpha_sigma(made['t']),
         gamma=min_snr_gamma,
-        prediction_type=model.schedule.prediction_type,
+        prediction_type=schedule.prediction_type,
       )
     return weight * err, {'err/policy': err}
 
   return task_lib.Task(
-    params={name: params[name] for name in ('unet', 'text_encoder')},
+    params={name: params[name] for name in trained},
     frozen={'vae': params['vae']},
     loss=loss,
     evaluators={'images': loss},

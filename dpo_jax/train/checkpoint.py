@@ -4,8 +4,10 @@ import pathlib
 import shutil
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from dpo_jax import types
 from dpo_jax.train import state as state_lib
 
 
@@ -90,3 +92,57 @@ class Checkpointer:
   def close(self):
     """Waits for saves under way and releases the manager."""
     self._manager.close()
+
+
+def restore_params(
+  workdir: pathlib.Path, *, step: int | None = None
+) -> tuple[types.Params, int]:
+  """(NumPy parameters, step) of a run: the EMA where it has one.
+
+  Reads nothing of the optimizer. `step` None is the newest checkpoint.
+
+  Raises:
+    ValueError: no such run or step, naming those there are, or a checkpoint
+      that cannot be read.
+  """
+  folder = pathlib.Path(workdir).absolute() / 'checkpoints'
+  steps = sorted(
+    int(path.name) for path in folder.glob('*') if path.name.isdigit()
+  )
+  if not steps:
+    raise ValueError(f'{workdir}: no run with checkpoints')
+  if step is not None and step not in steps:
+    raise ValueError(
+      f'{workdir}: no checkpoint of step {step}; there are '
+      + ', '.join(map(str, steps))
+    )
+  step = steps[-1] if step is None else step
+  path = folder / str(step) / 'state'
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      tree = reader.metadata(path).item_metadata.tree
+      name = 'ema' if tree.get('ema') else 'params'
+      shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree[name]
+      )
+      restored = reader.restore(
+        path,
+        args=ocp.args.PyTreeRestore(
+          item={name: shapes},
+          restore_args={
+            name: jax.tree.map(
+              lambda leaf: ocp.RestoreArgs(
+                restore_type=np.ndarray, dtype=leaf.dtype
+              ),
+              shapes,
+            )
+          },
+          partial_restore=True,
+        ),
+      )
+  except Exception as error:
+    raise ValueError(
+      f'{path}: the checkpoint cannot be read ({type(error).__name__}: '
+      f'{" ".join(str(error).split())[:200]})'
+    ) from error
+  return restored[name], step

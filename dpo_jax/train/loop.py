@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -118,12 +117,9 @@ def evaluate(
 def _restore_or_start(task, optimizer, options, mesh, checkpointer, loader):
   """State on the mesh, and the loader at its position."""
 
-  # The state is donated at every step: copies, so that nothing else dies.
   def init(params):
     return state_lib.init_state(
-      jax.tree.map(jnp.copy, params),
-      optimizer,
-      use_ema=options.ema_decay > 0,
+      params, optimizer, use_ema=options.ema_decay > 0
     )
 
   shapes = jax.eval_shape(init, task.params)
@@ -225,7 +221,9 @@ def run(
     task, optimizer, options, mesh, checkpointer, loader
   )
   first, last_saved = int(state.step), checkpointer.latest_step()
-  frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
+  frozen = jax.device_put(
+    task.frozen, sharding.state_shardings(task.frozen, mesh)
+  )
   key = jax.device_put(jax.random.key(options.seed), sharding.replicated(mesh))
   step_fn = step_lib.make_step(
     task.loss,

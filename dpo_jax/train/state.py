@@ -31,7 +31,8 @@ def init_state(
   *,
   use_ema: bool,
 ) -> TrainState:
-  """State at step 0; no buffer is shared between params and ema."""
+  """State at step 0, in buffers of its own: it may be donated."""
+  params = jax.tree.map(jnp.copy, params)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,

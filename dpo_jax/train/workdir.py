@@ -22,6 +22,7 @@ FREE_KEYS = frozenset(
     'eval.sampler',
     'eval.num_steps',
     'eval.guidance_scale',
+    'eval.guidance_rescale',
     'eval.batch_size',
     'eval.num_draws',
     'eval.judge',
@@ -41,6 +42,12 @@ def flatten(record: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     else:
       flat[f'{prefix}{name}'] = value
   return flat
+
+
+def _write_json(path: pathlib.Path, record: Mapping[str, Any]) -> None:
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(json.dumps(record, indent=2) + '\n')
+  temporary.replace(path)
 
 
 class Workdir:
@@ -67,14 +74,28 @@ class Workdir:
     path = self.path / 'config.json'
     if path.exists():
       self._compare(path)
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(json.dumps(self._config, indent=2) + '\n')
-    temporary.replace(path)
+    _write_json(path, self._config)
     return self
 
   def __exit__(self, *unused):
     """Lets the folder go."""
     self._lock.close()
+
+  def pin(self, name: str, record: Mapping[str, Any]) -> None:
+    """Writes NAME.json once; raises ValueError when it says otherwise later.
+
+    For what is known only after the start, such as the revision of a model.
+    """
+    path = self.path / f'{name}.json'
+    if path.exists():
+      old = json.loads(path.read_text())
+      if old != record:
+        raise ValueError(
+          f'{path}: this run began with {old}, and now it is {record}; give '
+          'the same model and revision to continue'
+        )
+    else:
+      _write_json(path, record)
 
   def _take_lock(self):
     path = self.path / 'lock'

@@ -46,8 +46,8 @@ def load(
 ) -> tuple[classifier.ImageClassifierConfig, types.Params]:
   """(config, float32 parameters).
 
-  Raises ValueError naming the file when tensors are missing, left over or
-  misshapen.
+  Raises ValueError naming the file when tensors are missing, left over,
+  misshapen or no floats.
   """
   folder = pathlib.Path(folder)
   values = diffusers_maps.load_config(folder)
@@ -56,6 +56,12 @@ def load(
   except ValueError as error:
     raise ValueError(f'{folder / "config.json"}: {error}') from error
   tensors = safetensors_io.load(folder / WEIGHTS)
+  for name, tensor in tensors.items():
+    if tensor.dtype.kind in 'iub':
+      raise ValueError(
+        f'{folder / WEIGHTS}: tensor {name!r} is {tensor.dtype}, should be a'
+        ' float'
+      )
   wanted = {
     trees.leaf_name(path): tuple(leaf.shape)
     for path, leaf in jax.tree_util.tree_leaves_with_path(_shapes(config))
@@ -72,4 +78,5 @@ def load(
       f'{folder / WEIGHTS}: tensor {name!r} has shape {found.get(name)}, the '
       f'config asks for {wanted.get(name)} ({len(wrong)} tensors differ)'
     )
-  return config, flax.traverse_util.unflatten_dict(tensors, sep='/')
+  params = {name: np.float32(tensor) for name, tensor in tensors.items()}
+  return config, flax.traverse_util.unflatten_dict(params, sep='/')

@@ -2,10 +2,9 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,15 @@ from flax import linen as nn
 
 from dpo_jax import types
 from dpo_jax.models import clip, unet, vae
-from dpo_jax.weights import mapping, safetensors_io
+from dpo_jax.weights import (
+  json_files,
+  mapping,
+  safetensors_io,
+  weight_files,
+)
+
+# (component name, shapes of its parameters) to a tree of Shardings, or None.
+PlaceFn: TypeAlias = Callable[[str, types.PyTree], types.PyTree | None]
 
 UNET = mapping.Rules(
   indexed=(
@@ -88,20 +95,7 @@ class Component:
 
 def load_config(folder: str | pathlib.Path) -> dict[str, Any]:
   """The dict of config.json in a folder; ValueError if it cannot be read."""
-  return read_json(pathlib.Path(folder) / 'config.json')
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """A JSON object; ValueError naming the file if it is not there or not one."""
-  try:
-    values = json.loads(path.read_text())
-  except FileNotFoundError as error:
-    raise ValueError(f'{path}: no such file') from error
-  except ValueError as error:
-    raise ValueError(f'{path}: not JSON: {error}') from error
-  if not isinstance(values, dict):
-    raise ValueError(f'{path}: not a JSON object')
-  return values
+  return json_files.read(pathlib.Path(folder) / 'config.json')
 
 
 def read_config(name: str, folder: str | pathlib.Path) -> Any:
@@ -115,27 +109,39 @@ def read_config(name: str, folder: str | pathlib.Path) -> Any:
 
 
 def load_component(
-  name: str, folder: str | pathlib.Path
+  name: str,
+  folder: str | pathlib.Path,
+  *,
+  variant: str = '',
+  place: PlaceFn | None = None,
+  dtype: str = 'float32',
 ) -> tuple[Any, types.Params]:
-  """(model config, float32 NumPy parameters) of COMPONENTS[name].
+  """(model config, parameters of `dtype`) of COMPONENTS[name].
+
+  The parameters are NumPy arrays, or lie where `place` says: it gets the name
+  and the shapes and returns a tree of Shardings, or None for NumPy. Without a
+  `variant` full precision is preferred to the float16 files.
 
   Raises:
     ValueError: unsupported options, no safetensors file, or tensors that are
       not those of the config.
   """
   component, folder = COMPONENTS[name], pathlib.Path(folder)
+  kind = check_dtype(dtype)
   config = read_config(name, folder)
-  path = find_weights(folder, component.stem)
-  tensors = safetensors_io.load(path)
+  tensors = weight_files.open_weights(folder, component.stem, variant=variant)
+  shapes = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kind),
+    component.init_shapes(config),
+  )
   params = mapping.to_flax(
-    tensors, component.init_shapes(config), component.rules, str(path)
+    tensors,
+    shapes,
+    component.rules,
+    place=None if place is None else place(name, shapes),
+    dtype=kind,
   )
   return config, params
-
-
-load_unet = functools.partial(load_component, 'unet')
-load_vae = functools.partial(load_component, 'vae')
-load_text_encoder = functools.partial(load_component, 'text_encoder')
 
 
 def save_component(
@@ -152,50 +158,37 @@ def save_component(
     ValueError: an unknown dtype, parameters that are not those of `config`, or
       values that are not finite in `dtype`.
   """
+  kind, component = check_dtype(dtype), COMPONENTS[name]
+  tensors = mapping.ParamTensors(
+    params, component.rules, target=component.init_shapes(config)
+  )
+  path = pathlib.Path(folder) / f'{component.stem}.safetensors'
+  safetensors_io.save(path, tensors, dtype=kind)
+
+
+def check_dtype(dtype: str) -> np.dtype:
+  """The NumPy dtype of a name in DTYPES; ValueError for other names."""
   if dtype not in DTYPES:
     raise ValueError(f'dtype={dtype!r}; allowed: {", ".join(DTYPES)}')
-  component = COMPONENTS[name]
-  target = component.init_shapes(config)
-  tensors = mapping.from_flax(params, component.rules, target=target)
-  with np.errstate(over='ignore'):  # save() refuses the infinities.
-    tensors = {key: x.astype(DTYPES[dtype]) for key, x in tensors.items()}
-  path = pathlib.Path(folder) / f'{component.stem}.safetensors'
-  safetensors_io.save(path, tensors)
-
-
-def find_weights(folder: pathlib.Path, stem: str) -> pathlib.Path:
-  """The weight file of a folder, full precision before float16.
-
-  Raises:
-    ValueError: there is none; says what lies there instead.
-  """
-  for suffix in ('.safetensors', '.fp16.safetensors'):
-    path = folder / f'{stem}{suffix}'
-    if path.is_file():
-      return path
-  wanted = f'{folder}: no {stem}.safetensors nor {stem}.fp16.safetensors'
-  if list(folder.glob(f'{stem}*.index*.json')):
-    raise ValueError(f'{wanted}; sharded weights are not supported, merge them')
-  pickles = sorted(
-    path.name
-    for path in folder.glob('*')
-    if path.suffix in safetensors_io.PICKLE_SUFFIXES
-  )
-  if pickles:
-    raise ValueError(
-      f'{wanted}; {pickles[0]} is refused: {safetensors_io.HINT}'
-    )
-  raise ValueError(wanted)
+  return np.dtype(DTYPES[dtype])
 
 
 def _unet_example(config: unet.UNetConfig):
   side = 2 ** len(config.block_out_channels)
   shape = jax.ShapeDtypeStruct
-  return unet.UNet2DConditionModel(config), (
+  inputs = (
     shape((1, side, side, config.in_channels), np.float32),
     shape((1,), np.int32),
     shape((1, 1, config.cross_attention_dim), np.float32),
   )
+  if config.addition_embed_type is not None:
+    # One number and the rest for the text: any split has these parameters.
+    text = (
+      config.projection_class_embeddings_input_dim
+      - config.addition_time_embed_dim
+    )
+    inputs += (shape((1, text), np.float32), shape((1, 1), np.float32))
+  return unet.UNet2DConditionModel(config), inputs
 
 
 def _vae_example(config: vae.VAEConfig):
@@ -209,6 +202,11 @@ def _vae_example(config: vae.VAEConfig):
 
 def _text_example(config: clip.CLIPTextConfig):
   return clip.CLIPTextModel(config), (jax.ShapeDtypeStruct((1, 1), np.int32),)
+
+
+def _projected_text_example(config: clip.CLIPTextConfig):
+  model = clip.CLIPTextModelWithProjection(config)
+  return model, (jax.ShapeDtypeStruct((1, 1), np.int32),)
 
 
 COMPONENTS = {
@@ -235,5 +233,13 @@ COMPONENTS = {
     rules=CLIP_TEXT,
     make_config=clip.CLIPTextConfig.from_dict,
     make_example=_text_example,
+  ),
+  'text_encoder_2': Component(
+    library='transformers',
+    class_name='CLIPTextModelWithProjection',
+    stem='model',
+    rules=CLIP_TEXT,
+    make_config=clip.CLIPTextConfig.from_dict,
+    make_example=_projected_text_example,
   ),
 }

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import shutil
 import tempfile
@@ -10,11 +9,15 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from dpo_jax import types
-from dpo_jax.models import clip, unet, vae
-from dpo_jax.weights import diffusers_maps, safetensors_io
+from dpo_jax.weights import (
+  diffusers_maps,
+  json_files,
+  model_card,
+  model_index,
+  safetensors_io,
+  weight_files,
+)
 
-INDEX = 'model_index.json'
-PIPELINE_CLASS = 'StableDiffusionPipeline'
 SCHEDULER_CONFIG = 'scheduler_config.json'
 WEIGHT_SUFFIXES = safetensors_io.PICKLE_SUFFIXES | {
   '.safetensors',
@@ -22,17 +25,6 @@ WEIGHT_SUFFIXES = safetensors_io.PICKLE_SUFFIXES | {
   '.h5',
   '.onnx',
 }
-CARD = """---
-library_name: diffusers
-pipeline_tag: text-to-image
----
-# {name}
-
-Written by dpo_jax{origin}. Weights in {dtype}.
-
-    from diffusers import StableDiffusionPipeline
-    pipeline = StableDiffusionPipeline.from_pretrained('{name}')
-{notes}"""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,59 +33,76 @@ class Pipeline:
 
   Attributes:
     folder: where it was read.
+    class_name: that of diffusers, one of model_index.CLASSES.
+    configs: component name to model config, of all its components.
     scheduler_config: the dict of scheduler_config.json.
-    params: 'unet', 'vae' and 'text_encoder' to float32 NumPy trees.
+    params: component name to parameters, of those that were loaded.
+    tokenizer_folders: one per text encoder, in their order.
+    force_zeros_for_empty_prompt: no negative prompt means zeros instead of the
+      states of an empty one (SDXL).
+    requires_aesthetics_score: the micro-conditioning ends in a score instead
+      of the target size (the SDXL refiner).
   """
 
   folder: pathlib.Path
-  unet_config: unet.UNetConfig
-  vae_config: vae.VAEConfig
-  text_config: clip.CLIPTextConfig
+  class_name: str
+  configs: dict[str, Any]
   scheduler_config: dict[str, Any]
   params: dict[str, types.Params]
-
-  @property
-  def tokenizer_folder(self) -> pathlib.Path:
-    """Where the tokenizer's files lie."""
-    return self.folder / 'tokenizer'
+  tokenizer_folders: tuple[pathlib.Path, ...]
+  force_zeros_for_empty_prompt: bool = False
+  requires_aesthetics_score: bool = False
 
 
 def load(
-  folder: str | pathlib.Path, *, without: Collection[str] = ()
+  folder: str | pathlib.Path,
+  *,
+  without: Collection[str] = (),
+  variant: str = '',
+  place: diffusers_maps.PlaceFn | None = None,
+  dtype: str | Mapping[str, str] = 'float32',
 ) -> Pipeline:
-  """Reads a StableDiffusionPipeline folder, weights and all.
+  """Reads a pipeline folder, weights and all.
 
   Of components named in `without` only the config.json is read, and `params`
-  lacks them: they are to be trained from random weights.
+  lacks them. `variant` and `place` are as for load_component; `dtype` is that
+  of the parameters, or component names to it where that is not float32. All
+  configs are checked before any weights are read.
 
   Raises:
     ValueError: one line naming the file and what is wrong with it.
   """
   folder = pathlib.Path(folder)
-  _check_index(folder)
-  scheduler = diffusers_maps.read_json(folder / 'scheduler' / SCHEDULER_CONFIG)
-  configs, params = {}, {}
-  for name in diffusers_maps.COMPONENTS:
-    if name in without:
-      configs[name] = diffusers_maps.read_config(name, folder / name)
-      continue
-    configs[name], params[name] = diffusers_maps.load_component(
-      name, folder / name
-    )
-  width = configs['text_encoder'].hidden_size
-  if configs['unet'].cross_attention_dim != width:
-    raise ValueError(
-      f'{folder}: the UNet has cross_attention_dim='
-      f'{configs["unet"].cross_attention_dim} but the text encoder has'
-      f' hidden_size={width}'
-    )
+  index = model_index.read(folder)
+  _check_names('without', without)
+  dtypes = dict.fromkeys(index.components, 'float32')
+  if isinstance(dtype, str):
+    dtypes = dict.fromkeys(index.components, dtype)
+  else:
+    _check_names('dtype', dtype)
+    dtypes |= dtype
+  scheduler = json_files.read(folder / 'scheduler' / SCHEDULER_CONFIG)
+  configs = {
+    name: diffusers_maps.read_config(name, folder / name)
+    for name in index.components
+  }
+  model_index.check_parts(folder, index, configs)
+  for name in index.tokenizers:
+    _check_tokenizer(folder / name)
+  params = {}
+  for name in index.components:
+    if name not in without:
+      _, params[name] = diffusers_maps.load_component(
+        name, folder / name, variant=variant, place=place, dtype=dtypes[name]
+      )
   return Pipeline(
     folder=folder,
-    unet_config=configs['unet'],
-    vae_config=configs['vae'],
-    text_config=configs['text_encoder'],
+    class_name=index.class_name,
+    configs=configs,
     scheduler_config=scheduler,
     params=params,
+    tokenizer_folders=tuple(folder / name for name in index.tokenizers),
+    **index.flags,
   )
 
 
@@ -103,37 +112,60 @@ def save(
   base: str | pathlib.Path,
   params: Mapping[str, types.Params],
   dtype: str = 'float32',
+  variant: str = '',
+  changed: Collection[str] | None = None,
+  base_name: str = '',
   notes: str = '',
 ) -> None:
   """Writes `base` again with the weights of the components in `params`.
 
-  All else is copied from `base`. `notes` are added to the model card. The
-  folder appears at once or not at all, and replaces an earlier pipeline there.
+  All else is copied from `base`. Of the components that are not in `params`,
+  the weights that load(base, variant=variant) reads get the plain file names.
+  For the model card: `changed` names the components whose weights are new
+  (default: all in `params`), `base_name` is the base's name (default: its
+  folder's), `notes` are added. The folder appears at once or not at all, and
+  replaces an earlier pipeline there.
 
   Raises:
     ValueError: `out` is `base` or another kind of folder, an unknown component
       or dtype, or parameters that do not fit the component's config.json.
   """
+  changed = tuple(params) if changed is None else tuple(changed)
   out, base = pathlib.Path(out), pathlib.Path(base)
-  index = _check_index(base)
-  _check_components(params)
+  index = model_index.read(base)
+  _check_names('params', params, index.components)
+  _check_names('changed', changed, tuple(params))
   if out.resolve() == base.resolve():
     raise ValueError(f'{out}: is the base pipeline; choose another folder')
   with _replacing(out) as draft:
-    shutil.copyfile(base / INDEX, draft / INDEX)
-    for path in base.iterdir():
-      is_licence = path.stem.upper() in ('LICENSE', 'LICENCE', 'NOTICE')
-      if path.is_file() and is_licence:
-        shutil.copyfile(path, draft / path.name)
-    for name in index:
+    shutil.copyfile(base / model_index.NAME, draft / model_index.NAME)
+    for path in model_card.licence_files(base):
+      shutil.copyfile(path, draft / path.name)
+    for name in index.folders:
       if name in params:
         _copy_without_weights(base / name, draft / name)
         values = diffusers_maps.load_config(draft / name)
         _write_weights(draft / name, name, values, params[name], dtype)
       elif (base / name).is_dir():
         shutil.copytree(base / name, draft / name)
-    origin = f' from {base.resolve().name} ({", ".join(params)} changed)'
-    _write_card(draft, out.name, origin, dtype, notes)
+        component = diffusers_maps.COMPONENTS.get(name)
+        stem = component.stem if component else 'model'
+        weight_files.make_plain(draft / name, stem, variant=variant)
+    missing = _missing(draft, index)
+    model_card.write(
+      draft,
+      name=out.name,
+      class_name=index.class_name,
+      base=base_name or base.resolve().name,
+      changed=changed,
+      written=tuple(params),
+      copied=tuple(
+        name for name in index.components if name not in (*params, *missing)
+      ),
+      missing=missing,
+      dtype=dtype,
+      notes=notes,
+    )
 
 
 def create(
@@ -141,72 +173,146 @@ def create(
   *,
   unet: Mapping[str, Any],
   vae: Mapping[str, Any],
-  text_encoder: Mapping[str, Any],
   scheduler: Mapping[str, Any],
-  tokenizer_dir: str | pathlib.Path,
   params: Mapping[str, types.Params],
+  text_encoder: Mapping[str, Any] | None = None,
+  text_encoder_2: Mapping[str, Any] | None = None,
+  tokenizer_dir: str | pathlib.Path | None = None,
+  tokenizer_2_dir: str | pathlib.Path | None = None,
+  class_name: str = 'StableDiffusionPipeline',
+  flags: Mapping[str, bool] | None = None,
   dtype: str = 'float32',
   notes: str = '',
 ) -> None:
-  """Writes a new StableDiffusionPipeline folder from dicts and parameters.
+  """Writes a new pipeline folder from dicts and parameters.
 
-  `unet`, `vae` and `text_encoder` are the contents of their config.json,
-  `scheduler` that of scheduler_config.json with its `_class_name`; `params`
-  has all three. Appears at once or not at all.
+  `unet`, `vae` and the text encoders are the contents of their config.json,
+  `scheduler` that of scheduler_config.json with its `_class_name`; each text
+  encoder has a tokenizer; `params` has every component. `flags` are options of
+  the class in model_index.json, such as force_zeros_for_empty_prompt. Appears
+  at once or not at all.
 
   Raises:
-    ValueError: unsupported options, missing components, parameters that do not
-      fit, no `_class_name` of the scheduler, no tokenizer folder.
+    ValueError: unsupported options, components that are missing, not of the
+      class, or do not fit each other, parameters that do not fit, no
+      `_class_name` of the scheduler, no tokenizer.
   """
-  out, tokenizer_dir = pathlib.Path(out), pathlib.Path(tokenizer_dir)
-  _check_components(params)
-  missing = diffusers_maps.COMPONENTS.keys() - params.keys()
+  out = pathlib.Path(out)
+  given = {
+    name: values
+    for name, values in (
+      ('unet', unet),
+      ('vae', vae),
+      ('text_encoder', text_encoder),
+      ('text_encoder_2', text_encoder_2),
+    )
+    if values is not None
+  }
+  tokenizers = {
+    name: pathlib.Path(path)
+    for name, path in (
+      ('tokenizer', tokenizer_dir),
+      ('tokenizer_2', tokenizer_2_dir),
+    )
+    if path is not None
+  }
+  index = model_index.make(class_name, components=tuple(given), flags=flags)
+  _check_given(out, index, params, tokenizers, scheduler)
+  configs = {
+    name: diffusers_maps.COMPONENTS[name].make_config(values)
+    for name, values in given.items()
+  }
+  model_index.check_parts(out, index, configs)
+  with _replacing(out) as draft:
+    for name, path in tokenizers.items():
+      shutil.copytree(path, draft / name)
+    (draft / 'scheduler').mkdir()
+    json_files.write(draft / 'scheduler' / SCHEDULER_CONFIG, scheduler)
+    for name, values in given.items():
+      (draft / name).mkdir()
+      values = {**_identity(diffusers_maps.COMPONENTS[name]), **values}
+      json_files.write(draft / name / 'config.json', values)
+      _write_weights(draft / name, name, values, params[name], dtype)
+    entries = model_index.to_json(
+      index,
+      scheduler_class=scheduler['_class_name'],
+      tokenizer_classes={
+        name: _tokenizer_class(path) for name, path in tokenizers.items()
+      },
+    )
+    json_files.write(draft / model_index.NAME, entries)
+    model_card.write(
+      draft,
+      name=out.name,
+      class_name=class_name,
+      changed=tuple(given),
+      written=tuple(given),
+      dtype=dtype,
+      notes=notes,
+    )
+
+
+def _check_names(
+  argument: str,
+  names: Collection[str],
+  allowed: Collection[str] = tuple(diffusers_maps.COMPONENTS),
+) -> None:
+  for name in names:
+    if name not in allowed:
+      raise ValueError(
+        f'{argument} has an unknown component {name!r}; allowed:'
+        f' {", ".join(allowed)}'
+      )
+
+
+def _missing(
+  folder: pathlib.Path, index: model_index.ModelIndex
+) -> tuple[str, ...]:
+  """Components without weights, whose base had configs only."""
+  return tuple(
+    name
+    for name in index.components
+    if not weight_files.exist(
+      folder / name, diffusers_maps.COMPONENTS[name].stem
+    )
+  )
+
+
+def _check_given(
+  out: pathlib.Path,
+  index: model_index.ModelIndex,
+  params: Mapping[str, types.Params],
+  tokenizers: Mapping[str, pathlib.Path],
+  scheduler: Mapping[str, Any],
+) -> None:
+  _check_names('params', params, index.components)
+  missing = [name for name in index.components if name not in params]
   if missing:
-    raise ValueError(f'{out}: no parameters for {", ".join(sorted(missing))}')
+    raise ValueError(f'{out}: no parameters for {", ".join(missing)}')
   if '_class_name' not in scheduler:
     raise ValueError(f"{out}: the scheduler's config has no '_class_name'")
-  if not tokenizer_dir.is_dir():
-    raise ValueError(f'{tokenizer_dir}: no such folder (the tokenizer)')
-  given = {'unet': unet, 'vae': vae, 'text_encoder': text_encoder}
-  with _replacing(out) as draft:
-    shutil.copytree(tokenizer_dir, draft / 'tokenizer')
-    (draft / 'scheduler').mkdir()
-    _write_json(draft / 'scheduler' / SCHEDULER_CONFIG, dict(scheduler))
-    for name, component in diffusers_maps.COMPONENTS.items():
-      (draft / name).mkdir()
-      values = {**_identity(component), **given[name]}
-      _write_json(draft / name / 'config.json', values)
-      _write_weights(draft / name, name, values, params[name], dtype)
-    _write_json(draft / INDEX, _make_index(scheduler['_class_name'], draft))
-    _write_card(draft, out.name, '', dtype, notes)
-
-
-def _check_index(folder: pathlib.Path) -> dict[str, Any]:
-  path = folder / INDEX
-  index = diffusers_maps.read_json(path)
-  found = index.get('_class_name')
-  if found != PIPELINE_CLASS:
+  if tokenizers.keys() != set(index.tokenizers):
     raise ValueError(
-      f'{path}: _class_name={found!r} is not supported; allowed:'
-      f' {PIPELINE_CLASS!r}'
+      f'{out}: tokenizers given: {", ".join(tokenizers) or "none"}; needed:'
+      f' {", ".join(index.tokenizers)}'
     )
-  for name, component in diffusers_maps.COMPONENTS.items():
-    expected = [component.library, component.class_name]
-    if index.get(name) != expected:
-      raise ValueError(
-        f'{path}: {name}={index.get(name)!r} is not supported; allowed:'
-        f' {expected!r}'
-      )
-  return index
+  for path in tokenizers.values():
+    _check_tokenizer(path)
 
 
-def _check_components(params: Mapping[str, types.Params]) -> None:
-  for name in params:
-    if name not in diffusers_maps.COMPONENTS:
-      raise ValueError(
-        f'params has an unknown component {name!r}; allowed:'
-        f' {", ".join(diffusers_maps.COMPONENTS)}'
-      )
+def _check_tokenizer(folder: pathlib.Path) -> None:
+  names = {path.name for path in folder.glob('*')}
+  if not ({'vocab.json', 'merges.txt'} <= names or 'tokenizer.json' in names):
+    raise ValueError(
+      f'{folder}: no tokenizer: neither vocab.json with merges.txt nor'
+      ' tokenizer.json'
+    )
+
+
+def _tokenizer_class(folder: pathlib.Path) -> str:
+  path = folder / 'tokenizer_config.json'
+  values = json_files.read(path) if path.is_file() else {}
+  return values.get('tokenizer_class', 'CLIPTokenizer')
 
 
 def _write_weights(
@@ -223,7 +329,7 @@ def _write_weights(
   # transformers opens a model in the dtype that its config.json names.
   stale = {key: dtype for key in ('dtype', 'torch_dtype') if key in values}
   if stale:
-    _write_json(folder / 'config.json', {**values, **stale})
+    json_files.write(folder / 'config.json', {**values, **stale})
 
 
 def _copy_without_weights(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -232,7 +338,7 @@ def _copy_without_weights(source: pathlib.Path, target: pathlib.Path) -> None:
       name
       for name in names
       if pathlib.PurePath(name).suffix in WEIGHT_SUFFIXES
-      or name.endswith('.index.json')
+      or ('.index.' in name and name.endswith('.json'))
     ]
 
   shutil.copytree(source, target, ignore=ignore)
@@ -247,43 +353,10 @@ def _identity(component: diffusers_maps.Component) -> dict[str, Any]:
   return {'_class_name': component.class_name}
 
 
-def _make_index(scheduler_class: str, draft: pathlib.Path) -> dict[str, Any]:
-  tokenizer = 'CLIPTokenizer'
-  path = draft / 'tokenizer' / 'tokenizer_config.json'
-  if path.is_file():
-    values = diffusers_maps.read_json(path)
-    tokenizer = values.get('tokenizer_class', tokenizer)
-  return {
-    '_class_name': PIPELINE_CLASS,
-    'feature_extractor': [None, None],
-    'image_encoder': [None, None],
-    'requires_safety_checker': False,
-    'safety_checker': [None, None],
-    'scheduler': ['diffusers', scheduler_class],
-    'tokenizer': ['transformers', tokenizer],
-    **{
-      name: [component.library, component.class_name]
-      for name, component in diffusers_maps.COMPONENTS.items()
-    },
-  }
-
-
-def _write_card(
-  folder: pathlib.Path, name: str, origin: str, dtype: str, notes: str
-) -> None:
-  notes = f'\n{notes.strip()}\n' if notes else ''
-  text = CARD.format(name=name, origin=origin, dtype=dtype, notes=notes)
-  (folder / 'README.md').write_text(text)
-
-
-def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(values, indent=2, sort_keys=True) + '\n')
-
-
 @contextlib.contextmanager
 def _replacing(out: pathlib.Path) -> Iterator[pathlib.Path]:
   """A draft folder that becomes `out` when the block ends without error."""
-  is_pipeline = (out / INDEX).is_file()
+  is_pipeline = (out / model_index.NAME).is_file()
   if out.exists() and not is_pipeline and (out.is_file() or any(out.iterdir())):
     raise ValueError(
       f'{out}: exists and is not a pipeline; choose another folder'

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dpo_jax.data import images as images_lib
 from dpo_jax.data import loader
 from dpo_jax.data import pairs as pairs_lib
 
@@ -47,6 +48,7 @@ def test_batch_contents(pairs, tokenizer):
   (batch,) = take(loader.make_pair_loader(pairs, tokenizer, **OPTIONS), 1)
   assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
     'images': ((4, 2, 4, 4, 3), 'uint8'),
+    'sizes': ((4, 2, 4), 'int32'),
     'input_ids': ((4, 16), 'int32'),
     'id': ((4,), 'uint32'),
     'epoch': ((4,), 'uint32'),
@@ -158,6 +160,29 @@ def test_crop_and_flip_are_shared_and_new_each_epoch(noisy, tokenizer):
       seen.setdefault(int(example), set()).add(pixels.tobytes())
   # 3 offsets times 2 flips each: four epochs seldom draw one only.
   assert sum(len(crops) > 1 for crops in seen.values()) >= 5
+
+
+def test_sizes_say_where_the_crop_lies(noisy, tokenizer):
+  """6 x 9 pixels cut to 4 x 4: from the sizes the crop is found again."""
+  options = OPTIONS | {'random_crop': True, 'flip': True, 'batch_size': 6}
+  originals = {int(i): noise(row) for row, i in enumerate(noisy.ids)}
+  flips = 0
+  for batch in take(loader.make_pair_loader(noisy, tokenizer, **options), 3):
+    for example, sizes, pixels in zip(
+      batch['id'], batch['sizes'], batch['images'], strict=True
+    ):
+      np.testing.assert_array_equal(sizes[0], sizes[1])
+      height, width, top, left = sizes[0]
+      assert (height, width) == (6, 9)
+      resized = images_lib.resize_shorter(originals[int(example)], 4)
+      seen = [
+        picture[top : top + 4, left : left + 4]
+        for picture in (resized, resized[:, ::-1])
+      ]
+      matches = [np.array_equal(crop, pixels[0]) for crop in seen]
+      assert any(matches)
+      flips += matches[1]
+  assert 0 < flips < 18
 
 
 def test_augmentation_does_not_hang_on_batch_or_row(noisy, tokenizer):

@@ -117,3 +117,18 @@ def test_folder_without_a_length(tmp_path, tokenizer_folder):
   with pytest.raises(ValueError, match='model_max_length'):
     tokenizer_lib.load(path.parent)
   assert tokenizer_lib.load(path.parent, max_length=77).max_length == 77
+
+
+def test_a_padding_that_is_a_word_is_the_padding_in_texts_too(
+  tokenizer_2_folder,
+):
+  """What transformers, and so every SDXL and SD 2.x model, makes of '!'."""
+  texts = ['hi!', '!!! wow !', 'so!good', '!', 'no mark', '']
+  reference = transformers.CLIPTokenizer.from_pretrained(tokenizer_2_folder)
+  want = reference(texts, padding='max_length', truncation=True)['input_ids']
+  ids, cut = tokenizer_lib.load(tokenizer_2_folder).encode(texts)
+  np.testing.assert_array_equal(ids, want)
+  assert cut == 0 and (ids[0] == 0).sum() > 1
+  # Control tokens are still text.
+  (row,), _ = tokenizer_lib.load(tokenizer_2_folder).encode(['a <|endoftext|>'])
+  assert (row == 1023).sum() == 1

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import build, sharding
+from dpo_jax import loading, sharding
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.evaluate import generate, implicit, judge
 from dpo_jax.models import classifier
@@ -13,23 +13,29 @@ from dpo_jax.weights import classifiers, pipeline
 @pytest.fixture(scope='module')
 def setup(tiny_folder):
   parts = pipeline.load(tiny_folder)
-  model = build.make_model(parts, dtype='float32', remat='none')
-  tokenizer = tokenizer_lib.load(tiny_folder / 'tokenizer')
-  ids = tokenizer.encode(['apple', 'car', 'dog', 'sun', 'cup'])[0]
-  return model, parts.params, ids, tokenizer.encode([''])[0][0]
+  model = loading.make_model(parts, dtype='float32')
+  tokenizers = tokenizer_lib.load_all(parts.tokenizer_folders)
+  prompts = ['apple', 'car', 'dog', 'sun', 'cup']
+  return (
+    model,
+    parts.params,
+    generate.prompt_batch(model, tokenizers.encode, prompts),
+  )
 
 
 def _generate(setup, *, sampler='ddim', batch_size=8, devices=1, rows=5):
-  model, params, ids, empty = setup
+  model, params, inputs = setup
   mesh = sharding.make_mesh(devices=jax.devices()[:devices])
   sample_fn = generate.make_sample_fn(
-    model, resolution=16, sampler=sampler, num_steps=3, guidance_scale=2.0
+    model,
+    generate.Settings(
+      size=(16, 16), sampler=sampler, num_steps=3, guidance_scale=2.0
+    ),
   )
   return generate.generate(
     sample_fn,
     jax.device_put(params, sharding.replicated(mesh)),
-    ids[:rows],
-    empty,
+    {name: array[:rows] for name, array in inputs.items()},
     np.arange(rows, dtype=np.uint32),
     seed=3,
     batch_size=batch_size,
@@ -48,10 +54,11 @@ def test_a_picture_does_not_depend_on_its_batch(setup, sampler):
 
 
 def test_prompts_and_seeds_matter(setup):
-  model, params, ids, empty = setup
+  model, params, inputs = setup
   whole = _generate(setup)
   assert np.abs(whole[0] - whole[1]).max() > 1
-  same = _generate((model, params, np.repeat(ids[:1], 5, 0), empty))
+  one = {name: np.repeat(array[:1], 5, 0) for name, array in inputs.items()}
+  same = _generate((model, params, one))
   assert np.abs(same[0] - same[1]).max() > 1
   assert np.abs(same[0] - whole[0]).max() <= 1
 

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from dpo_jax import build
+from dpo_jax import loading
 from dpo_jax.data import images as images_lib
 from dpo_jax.data import pairs as pairs_lib
 from dpo_jax.data import tokenizer as tokenizer_lib
@@ -22,9 +22,9 @@ def test_the_model_is_small_and_complete():
   assert sum(path.stat().st_size for path in files) <= 6_000_000
   parts = pipeline.load(MODEL)
   assert set(parts.params) == {'unet', 'vae', 'text_encoder'}
-  tokenizer = tokenizer_lib.load(parts.tokenizer_folder)
-  assert tokenizer.vocab_size == parts.text_config.vocab_size
-  model = build.make_model(parts, dtype='float32', remat='none')
+  tokenizer = tokenizer_lib.load(parts.tokenizer_folders[0])
+  assert tokenizer.vocab_size == parts.configs['text_encoder'].vocab_size
+  model = loading.make_model(parts, dtype='float32')
   assert model.latent_shape(32) == (8, 8, 4)
 
 

@@ -3,11 +3,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
+import released
 
 from dpo_jax import trees
 from dpo_jax.models import unet
-from dpo_jax.weights import diffusers_maps
 
 TINY = dict(
   block_out_channels=(16, 32),
@@ -18,23 +19,40 @@ TINY = dict(
   cross_attention_dim=24,
   attention_head_dim=4,
 )
-# Tiny relatives of released models, and options that those do not use.
-VARIANTS = {
+# Every family of releases at a fraction of its width.
+FAMILIES = {
   'sd15': dict(
-    block_out_channels=(16, 32, 32, 32),
-    down_block_types=('CrossAttnDownBlock2D',) * 3 + ('DownBlock2D',),
-    up_block_types=('UpBlock2D',) + ('CrossAttnUpBlock2D',) * 3,
-    layers_per_block=2,
-    attention_head_dim=8,
+    block_out_channels=[16, 32, 32, 32],
+    norm_num_groups=8,
+    cross_attention_dim=24,
   ),
-  'sd2': dict(
-    block_out_channels=(16, 32, 64),
-    down_block_types=('CrossAttnDownBlock2D',) * 2 + ('DownBlock2D',),
-    up_block_types=('UpBlock2D',) + ('CrossAttnUpBlock2D',) * 2,
-    attention_head_dim=(2, 4, 8),
-    use_linear_projection=True,
-    upcast_attention=True,
+  'sd21': dict(
+    attention_head_dim=[2, 4, 8, 8],
+    block_out_channels=[16, 32, 64, 64],
+    norm_num_groups=8,
+    cross_attention_dim=24,
   ),
+  'sdxl': dict(
+    attention_head_dim=[1, 2, 4],
+    block_out_channels=[16, 32, 64],
+    norm_num_groups=8,
+    cross_attention_dim=24,
+    transformer_layers_per_block=[1, 2, 3],
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=20 + 6 * 8,
+  ),
+  'sdxl_refiner': dict(
+    attention_head_dim=[1, 2, 4, 4],
+    block_out_channels=[16, 32, 64, 64],
+    norm_num_groups=8,
+    cross_attention_dim=20,
+    transformer_layers_per_block=2,
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=20 + 5 * 8,
+  ),
+}
+# Options, some of which no release uses, beside TINY.
+VARIANTS = {
   'uneven': dict(
     layers_per_block=(1, 2),
     transformer_layers_per_block=(2, 1),
@@ -44,6 +62,38 @@ VARIANTS = {
     out_channels=3,
   ),
   'time': dict(flip_sin_to_cos=False, freq_shift=1, center_input_sample=True),
+  'linear_text_time': dict(
+    use_linear_projection=True,
+    flip_sin_to_cos=False,
+    freq_shift=1,
+    addition_embed_type='text_time',
+    addition_time_embed_dim=6,
+    projection_class_embeddings_input_dim=20 + 3 * 6,
+  ),
+  'scale_shift': dict(resnet_time_scale_shift='scale_shift'),
+  'plain_mid_block': dict(
+    mid_block_type='UNetMidBlock2D',
+    resnet_time_scale_shift='scale_shift',
+    cross_attention_dim=[24, 7],
+  ),
+  'no_mid_block': dict(
+    mid_block_type=None,
+    down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
+    layers_per_block=2,
+    transformer_layers_per_block=[1, [2, 1]],
+    reverse_transformer_layers_per_block=[1, [1, 3, 2]],
+  ),
+  'reverse_depths': dict(
+    up_block_types=('CrossAttnUpBlock2D',) * 2,
+    layers_per_block=[1, 2],
+    transformer_layers_per_block=[2, [2, 1]],
+    reverse_transformer_layers_per_block=[[1, 2, 1], 1],
+    cross_attention_dim=[24, 24],
+  ),
+}
+CASES = {
+  **{name: released.UNET[name] | values for name, values in FAMILIES.items()},
+  **{name: TINY | values for name, values in VARIANTS.items()},
 }
 
 
@@ -53,54 +103,51 @@ def _inputs(config, *, size=(8, 8), seed=0):
   embeds = rng.standard_normal(
     (2, 7, config.cross_attention_dim), dtype=np.float32
   )
-  return x_t, np.array([3, 951], np.int32), embeds
+  inputs = (x_t, np.array([3, 951], np.int32), embeds)
+  if config.addition_embed_type is not None:
+    dim = config.addition_time_embed_dim
+    numbers = (config.projection_class_embeddings_input_dim - 20) // dim
+    pooled = rng.standard_normal((2, 20), dtype=np.float32)
+    sizes = rng.choice([0, 6, 768, 1024], (2, numbers)).astype(np.float32)
+    inputs += (pooled, sizes)
+  return inputs
 
 
-@pytest.mark.parametrize('size', [(8, 16), (9, 7)])
-@pytest.mark.parametrize('variant', VARIANTS)
-def test_values_equal_diffusers(variant, size, from_torch):
+def _run_torch(reference, inputs):
+  torch = pytest.importorskip('torch')
+  x_t, t, embeds, *added = map(torch.from_numpy, inputs)
+  if added:
+    added = {'text_embeds': added[0], 'time_ids': added[1]}
+  with torch.no_grad():
+    return reference(
+      x_t.permute(0, 3, 1, 2), t, embeds, added_cond_kwargs=added or None
+    ).sample
+
+
+# Odd sizes take another way up; every case at both would take minutes.
+@pytest.mark.parametrize(
+  'case, size',
+  [(case, (8, 16)) for case in CASES]
+  + [(case, (9, 7)) for case in ('sd15', 'sd21', 'uneven', 'time')],
+)
+def test_every_module_equals_diffusers(case, size, from_torch):
   torch = pytest.importorskip('torch')
   diffusers = pytest.importorskip('diffusers')
   torch.manual_seed(0)
-  options = TINY | VARIANTS[variant]
-  reference = diffusers.UNet2DConditionModel(**options).eval()
+  reference = diffusers.UNet2DConditionModel.from_config(CASES[case]).eval()
   config, params = from_torch('unet', reference)
-  x_t, t, embeds = _inputs(config, size=size)
-  with torch.no_grad():
-    expected = reference(
-      torch.from_numpy(x_t).permute(0, 3, 1, 2),
-      torch.from_numpy(t),
-      torch.from_numpy(embeds),
-    ).sample.permute(0, 2, 3, 1)
-  apply = jax.jit(unet.UNet2DConditionModel(config).apply)
-  output = apply({'params': params}, x_t, t, embeds)
-  assert np.abs(expected.numpy()).max() > 0.1
-  np.testing.assert_allclose(output, expected.numpy(), atol=1e-4, rtol=0)
-
-
-# SD 1.x and 2.x by their released config.json; 865,910,724 is what PyTorch
-# diffusers 0.42.1 counts for the second.
-@pytest.mark.parametrize(
-  'options, expected',
-  [
-    (dict(cross_attention_dim=768), 859_520_964),
-    (
-      dict(
-        cross_attention_dim=1024,
-        attention_head_dim=[5, 10, 20, 20],
-        use_linear_projection=True,
-      ),
-      865_910_724,
-    ),
-  ],
-)
-def test_full_size_parameter_count(options, expected):
-  config = unet.UNetConfig.from_dict(options)
-  shapes = diffusers_maps.COMPONENTS['unet'].init_shapes(config)
-  assert trees.count(shapes) == expected
-  assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {
-    jnp.dtype('float32')
-  }
+  recorded, inputs = parity.record(reference), _inputs(config, size=size)
+  expected = _run_torch(reference, inputs)
+  apply = functools.partial(
+    unet.UNet2DConditionModel(config).apply, capture_intermediates=True
+  )
+  output, state = jax.jit(apply)({'params': params}, *inputs)
+  assert expected.abs().max() > 0.1
+  parity.assert_equal(output, expected)
+  errors = parity.compare_modules('unet', state['intermediates'], recorded)
+  # Nothing with parameters was left out.
+  owners = {name.rpartition('.')[0] for name, _ in reference.named_parameters()}
+  assert owners <= errors.keys()
 
 
 def test_remat_changes_no_value_and_no_gradient(random_params):
@@ -132,8 +179,9 @@ def test_remat_changes_no_value_and_no_gradient(random_params):
   )
 
 
-def test_bfloat16_compute_gives_float32_near_the_same(random_params):
-  config = unet.UNetConfig(**TINY)
+@pytest.mark.parametrize('options', [{}, VARIANTS['linear_text_time']])
+def test_bfloat16_compute_gives_float32_near_the_same(options, random_params):
+  config = unet.UNetConfig(**(TINY | options))
   params, inputs = random_params('unet', config), _inputs(config)
   apply = jax.jit(unet.UNet2DConditionModel(config).apply)
   exact = apply({'params': params}, *inputs)
@@ -165,44 +213,6 @@ def test_init_predicts_zero():
   assert not np.any(jax.jit(model.apply)(variables, *inputs))
 
 
-@pytest.mark.parametrize(
-  'options, words',
-  [
-    (dict(act_fn='gelu'), ['act_fn', "'gelu'", "'silu'"]),
-    (dict(mid_block_type=None), ['mid_block_type', 'None', 'CrossAttn']),
-    (dict(addition_embed_type='text_time'), ['addition_embed_type']),
-    (dict(only_cross_attention=True), ['only_cross_attention', 'True']),
-    (dict(only_cross_attention=0), ['only_cross_attention', '0', 'False']),
-    (dict(num_attention_heads=8), ['num_attention_heads', '8', 'None']),
-    (dict(layer_per_block=2), ['layer_per_block', "'layers_per_block'"]),
-    (dict(down_block_types=['SkipDownBlock2D'] * 2), ['down_block_types']),
-    (dict(up_block_types=['UpBlock2D']), ['up_block_types', '2 (as']),
-    (dict(attention_head_dim=3), ['attention_head_dim', '(3, 3)', 'divide']),
-    (dict(attention_head_dim=[4, 4, 4]), ['attention_head_dim', '2 integers']),
-    (dict(layers_per_block=[1, '2']), ['layers_per_block', "'2'"]),
-    (dict(norm_num_groups=5), ['norm_num_groups', '5', '(16, 32)']),
-    (dict(norm_eps='small'), ['norm_eps', "'small'", 'number above 0']),
-    (dict(cross_attention_dim=[24, 24]), ['cross_attention_dim', 'integer']),
-    (dict(block_out_channels=16), ['block_out_channels', '16', 'list']),
-    (dict(use_linear_projection=1), ['use_linear_projection', 'true']),
-  ],
-)
-def test_unsupported_options_are_named(options, words):
-  with pytest.raises(ValueError) as error:
-    unet.UNetConfig.from_dict(TINY | options)
-  assert all(word in str(error.value) for word in words), error.value
-  assert 'UNetConfig' in str(error.value)
-
-
-def test_config_is_hashable_and_ignores_what_is_harmless():
-  values = TINY | dict(_class_name='x', _diffusers_version='y', sample_size=64)
-  config = unet.UNetConfig.from_dict(
-    values | dict(block_out_channels=[16, 32], layers_per_block=[1, 1])
-  )
-  assert config == unet.UNetConfig(**TINY)
-  assert hash(config) == hash(unet.UNetConfig(**TINY))
-
-
 def test_wrong_calls_are_named():
   config = unet.UNetConfig(**TINY)
   x_t, t, embeds = _inputs(config)
@@ -211,3 +221,35 @@ def test_wrong_calls_are_named():
     unet.UNet2DConditionModel(config).init(key, x_t, t, embeds[..., 1:])
   with pytest.raises(ValueError, match="remat='some'; allowed: none, full"):
     unet.UNet2DConditionModel(config, remat='some').init(key, x_t, t, embeds)
+
+
+@pytest.mark.parametrize(
+  'pooled, numbers, words',
+  [
+    (None, 6, ['no pooled_embeds', "'text_time'"]),
+    (20, None, ['no micro_cond', "'text_time'"]),
+    (None, None, ['no pooled_embeds and no micro_cond']),
+    (20, 5, ['width 20', '5 numbers', '20 + 5 * 8 = 60', 'input_dim=68']),
+    (21, 6, ['width 21', '6 numbers', '21 + 6 * 8 = 69', 'input_dim=68']),
+  ],
+)
+def test_wrong_conditioning_is_named(pooled, numbers, words):
+  config = unet.UNetConfig.from_dict(CASES['sdxl'])
+  inputs = _inputs(config)[:3]
+  pooled = None if pooled is None else np.zeros((2, pooled), np.float32)
+  sizes = None if numbers is None else np.zeros((2, numbers), np.float32)
+  with pytest.raises(ValueError) as error:
+    unet.UNet2DConditionModel(config).init(
+      jax.random.key(0), *inputs, pooled, sizes
+    )
+  assert all(word in str(error.value) for word in words), error.value
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['pooled_embeds', 'micro_cond'])
+def test_conditioning_that_is_not_taken_is_named(name):
+  config = unet.UNetConfig(**TINY)
+  with pytest.raises(ValueError, match=f'{name} given .*=None, which takes'):
+    unet.UNet2DConditionModel(config).init(
+      jax.random.key(0), *_inputs(config), **{name: np.zeros((2, 6))}
+    )

@@ -3,11 +3,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
+import released
 
-from dpo_jax import trees
 from dpo_jax.models import vae
-from dpo_jax.weights import diffusers_maps
 
 TINY = dict(
   block_out_channels=(16, 32),
@@ -15,41 +15,49 @@ TINY = dict(
   up_block_types=('UpDecoderBlock2D',) * 2,
   norm_num_groups=8,
 )
-VARIANTS = {
-  'sd': dict(
+NARROW = dict(block_out_channels=[8, 16, 16, 16], norm_num_groups=4)
+CASES = {
+  # The releases at a fraction of their width ...
+  **{name: values | NARROW for name, values in released.VAE.items()},
+  # ... and each option.
+  'two_layers': TINY
+  | dict(
     block_out_channels=(8, 16, 16),
     down_block_types=('DownEncoderBlock2D',) * 3,
     up_block_types=('UpDecoderBlock2D',) * 3,
     layers_per_block=2,
   ),
-  'no_quant_convs': dict(
-    use_quant_conv=False, use_post_quant_conv=False, latent_channels=3
-  ),
-  'no_attention': dict(mid_block_add_attention=False),
+  'no_quant_convs': TINY
+  | dict(use_quant_conv=False, use_post_quant_conv=False, latent_channels=3),
+  'no_attention': TINY | dict(mid_block_add_attention=False),
 }
+# PyTorch's attention module there adds the residual itself.
+RESIDUAL = {f'{part}.mid_block.attentions.0' for part in ('encoder', 'decoder')}
 
 
 def _nhwc(tensor):
   return tensor.permute(0, 2, 3, 1).numpy()
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
-def test_values_equal_diffusers(variant, from_torch):
+@pytest.mark.parametrize('case', CASES)
+def test_every_module_equals_diffusers(case, from_torch):
   torch = pytest.importorskip('torch')
   diffusers = pytest.importorskip('diffusers')
   torch.manual_seed(0)
-  reference = diffusers.AutoencoderKL(**(TINY | VARIANTS[variant])).eval()
+  reference = diffusers.AutoencoderKL.from_config(CASES[case]).eval()
   config, params = from_torch('vae', reference)
-  images = torch.randn(2, 3, 16, 24)
+  down = config.downscale
+  recorded, images = parity.record(reference), torch.randn(2, 3, 16, 24)
   with torch.no_grad():
     posterior = reference.encode(images).latent_dist
     eps = torch.randn_like(posterior.mean)
     decoded = reference.decode(posterior.mean + posterior.std * eps).sample
-  model = vae.AutoencoderKL(config)
-  output, mean, logvar = jax.jit(model.apply)(
+  apply = functools.partial(
+    vae.AutoencoderKL(config).apply, capture_intermediates=True
+  )
+  (output, mean, logvar), state = jax.jit(apply)(
     {'params': params}, _nhwc(images), _nhwc(eps)
   )
-  down = config.downscale
   assert mean.shape == (2, 16 // down, 24 // down, config.latent_channels)
   for ours, theirs in (
     (mean, posterior.mean),
@@ -57,19 +65,12 @@ def test_values_equal_diffusers(variant, from_torch):
     (output, decoded),
   ):
     assert ours.dtype == jnp.float32
-    np.testing.assert_allclose(ours, _nhwc(theirs), atol=1e-4, rtol=0)
-
-
-def test_full_size_parameter_count():
-  config = vae.VAEConfig(
-    block_out_channels=(128, 256, 512, 512),
-    down_block_types=('DownEncoderBlock2D',) * 4,
-    up_block_types=('UpDecoderBlock2D',) * 4,
-    layers_per_block=2,
+    parity.assert_equal(ours, theirs)
+  errors = parity.compare_modules(
+    'vae', state['intermediates'], recorded, without=RESIDUAL
   )
-  shapes = diffusers_maps.COMPONENTS['vae'].init_shapes(config)
-  assert trees.count(shapes) == 83_653_863
-  assert config.downscale == 8
+  owners = {name.rpartition('.')[0] for name, _ in reference.named_parameters()}
+  assert owners <= errors.keys()
 
 
 def test_bfloat16_compute_gives_float32_near_the_same(random_params):
@@ -102,6 +103,7 @@ def test_logvar_is_clipped(random_params):
   'options, words',
   [
     (dict(act_fn='relu'), ['act_fn', "'relu'", "'silu'"]),
+    (dict(latents_std=[1.0] * 4), ['latents_std', '1.0', 'None']),
     (dict(shift_factor=0.1), ['shift_factor', '0.1', 'None']),
     (dict(latents_mean=[0.0]), ['latents_mean', 'None']),
     (dict(up_block_types=['UpDecoderBlock2D']), ['up_block_types', '2 times']),
@@ -116,15 +118,20 @@ def test_unsupported_options_are_named(options, words):
   assert all(word in str(error.value) for word in ['VAEConfig', *words])
 
 
-def test_released_config_is_read():
-  values = dict(
-    _class_name='AutoencoderKL',
-    sample_size=512,
-    act_fn='silu',
-    force_upcast=False,
-    scaling_factor=0.13025,
-    latents_mean=None,
-  )
-  config = vae.VAEConfig.from_dict(TINY | values)
-  assert (config.scaling_factor, config.force_upcast) == (0.13025, False)
+# (scaling_factor, force_upcast) of each release.
+@pytest.mark.parametrize(
+  'release, expected',
+  [
+    ('sd15', (0.18215, True)),
+    ('sd21', (0.18215, True)),
+    ('sdxl', (0.13025, True)),
+    ('sdxl_saved_again', (0.13025, True)),
+    ('sdxl_fp16_fix', (0.13025, False)),
+  ],
+)
+def test_released_configs_are_read(release, expected):
+  values = dict(_class_name='AutoencoderKL', _diffusers_version='0.20.0')
+  config = vae.VAEConfig.from_dict(values | released.VAE[release])
+  assert (config.scaling_factor, config.force_upcast) == expected
+  assert config.downscale == 8
   assert hash(config) != hash(vae.VAEConfig(**TINY))

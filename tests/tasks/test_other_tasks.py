@@ -3,18 +3,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import build
 from dpo_jax import keys as keys_lib
+from dpo_jax import loading
 from dpo_jax import stable_diffusion as sd_lib
 from dpo_jax.models import classifier
 from dpo_jax.tasks import autoencode, classify, denoise
+from dpo_jax.tasks import inputs as inputs_lib
 from dpo_jax.weights import pipeline
 
 
 @pytest.fixture(scope='module')
 def model_and_params(tiny_folder):
   parts = pipeline.load(tiny_folder)
-  model = build.make_model(parts, dtype='float32', remat='none')
+  model = loading.make_model(parts, dtype='float32')
   return model, jax.tree.map(jnp.asarray, parts.params)
 
 
@@ -22,7 +23,8 @@ def _batch(size=4):
   rng = np.random.default_rng(0)
   return {
     'images': rng.integers(0, 256, (size, 16, 16, 3), np.uint8),
-    'input_ids': rng.integers(0, 1022, (size, 16), dtype=np.int32),
+    'input_ids': rng.integers(0, 1022, (size, 1, 16), dtype=np.int32),
+    'sizes': rng.integers(16, 99, (size, 4), dtype=np.int32),
     'label': np.array([0, 1, 1, 0], np.int32),
     'id': np.arange(size, dtype=np.uint32),
     'epoch': np.zeros(size, np.uint32),
@@ -42,16 +44,19 @@ def test_min_snr_weight_by_hand():
 
 def test_denoise_is_the_error_of_eps_and_trains_both(model_and_params):
   model, params = model_and_params
-  empty = jnp.full((16,), 1023, jnp.int32)
-  make = dict(model=model, params=params, empty_ids=empty, resolution=16)
-  task = denoise.make_task(prompt_dropout=0.0, **make)
+  maker = inputs_lib.Inputs(
+    model=model,
+    resolution=16,
+    empty_ids=jnp.full((1, 16), 1023, jnp.int32),
+  )
+  task = denoise.make_task(inputs=maker, params=params)
   assert set(task.params) == {'unet', 'text_encoder'}
   key, batch = jax.random.key(1), _batch()
   loss, metrics = jax.jit(task.loss)(task.params, task.frozen, batch, key)
   # By hand, from the draws of the first example.
   draw = {
     name: keys_lib.per_example(named, batch['id'], batch['epoch'])[:1]
-    for name, named in keys_lib.by_name(key, denoise.DRAWS).items()
+    for name, named in keys_lib.by_name(key, inputs_lib.DRAWS).items()
   }
   eps = keys_lib.normal(draw['eps'], (4, 4, 4))
   t = keys_lib.randint(draw['t'], 0, 1000)
@@ -64,7 +69,7 @@ def test_denoise_is_the_error_of_eps_and_trains_both(model_and_params):
     params['unet'],
     model.schedule.add_noise(x_0, eps, t),
     t,
-    model.encode_text(params['text_encoder'], batch['input_ids'][:1]),
+    model.encode_text(params, batch['input_ids'][:1]),
   )
   wanted = np.square(np.asarray(eps_hat - eps, np.float64)).mean()
   assert float(loss[0]) == pytest.approx(wanted, rel=1e-4)

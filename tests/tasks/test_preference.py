@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax import build, types
+from dpo_jax import loading, types
 from dpo_jax.objectives import dpo
+from dpo_jax.tasks import inputs as inputs_lib
 from dpo_jax.tasks import preference
 from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
@@ -21,19 +22,25 @@ BETA = 5000.0
 @pytest.fixture(scope='module')
 def model_and_params(tiny_folder):
   parts = pipeline.load(tiny_folder)
-  model = build.make_model(parts, dtype='float32', remat='none')
+  model = loading.make_model(parts, dtype='float32')
   return model, jax.tree.map(jnp.asarray, parts.params)
 
 
 def _task(model, params, *, beta=BETA, prompt_dropout=0.5):
   return preference.make_task(
-    model=model,
+    inputs=_maker(model, prompt_dropout=prompt_dropout),
     params=params,
     objective=functools.partial(dpo.dpo, beta=beta),
     reward_beta=beta,
-    empty_ids=jnp.full((16,), 1023, jnp.int32),
-    prompt_dropout=prompt_dropout,
+  )
+
+
+def _maker(model, **options):
+  return inputs_lib.Inputs(
+    model=model,
     resolution=16,
+    empty_ids=jnp.full((1, 16), 1023, jnp.int32),
+    **options,
   )
 
 
@@ -41,7 +48,8 @@ def _batch(size=8, seed=0):
   rng = np.random.default_rng(seed)
   return {
     'images': rng.integers(0, 256, (size, 2, 16, 16, 3), np.uint8),
-    'input_ids': rng.integers(0, 1022, (size, 16), dtype=np.int32),
+    'input_ids': rng.integers(0, 1022, (size, 1, 16), dtype=np.int32),
+    'sizes': rng.integers(16, 99, (size, 2, 4), dtype=np.int32),
     'id': rng.integers(0, 2**32, size, dtype=np.uint32),
     'epoch': np.zeros(size, np.uint32),
   }
@@ -67,14 +75,16 @@ def test_policy_and_reference_share_no_buffer_and_reference_stays(
   model_and_params,
 ):
   task = _task(*model_and_params)
+  state = state_lib.init_state(task.params, optax.adamw(1e-2), use_ema=False)
   pointers = [
     {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}
-    for tree in (task.params['unet'], task.frozen['ref'])
+    for tree in (state.params['unet'], task.frozen['ref'])
   ]
   assert not pointers[0] & pointers[1]
   before = jax.device_get(task.frozen)
-  step = jax.jit(step_lib.make_step(task.loss, optax.adamw(1e-2)))
-  state = state_lib.init_state(task.params, optax.adamw(1e-2), use_ema=False)
+  step = jax.jit(
+    step_lib.make_step(task.loss, optax.adamw(1e-2)), donate_argnums=0
+  )
   for seed in range(3):
     state, metrics = step(
       state, task.frozen, _batch(seed=seed), jax.random.key(0)
@@ -85,16 +95,8 @@ def test_policy_and_reference_share_no_buffer_and_reference_stays(
 
 def _inputs(model_and_params, batch, prompt_dropout=0.5):
   model, params = model_and_params
-  task = _task(model, params)
-  return preference.pair_inputs(
-    task.frozen,
-    batch,
-    jax.random.key(3),
-    model=model,
-    empty_ids=jnp.full((16,), 1023, jnp.int32),
-    prompt_dropout=prompt_dropout,
-    latent_shape=model.latent_shape(16),
-  )
+  maker = _maker(model, prompt_dropout=prompt_dropout)
+  return maker.make(params, batch, jax.random.key(3))
 
 
 def test_noise_is_shared_and_the_posterior_is_not(model_and_params):
@@ -116,14 +118,14 @@ def test_noise_is_shared_and_the_posterior_is_not(model_and_params):
 
 def test_captions_are_dropped_for_a_pair_at_the_rate_asked(model_and_params):
   batch = _batch(size=64)
-  embeds = np.asarray(_inputs(model_and_params, batch)['prompt_embeds'])
+  embeds = np.asarray(_inputs(model_and_params, batch)['cond']['prompt_embeds'])
   empty = np.asarray(
-    _inputs(model_and_params, batch, 0.999999)['prompt_embeds'][0]
+    _inputs(model_and_params, batch, 0.999999)['cond']['prompt_embeds'][0]
   )
   dropped = np.isclose(embeds, empty, atol=1e-6).all((1, 2))
   # Binomial(64, 0.5): outside 16 to 48 with probability 3e-5.
   assert 16 <= dropped.sum() <= 48
-  kept = _inputs(model_and_params, batch, 0.0)['prompt_embeds']
+  kept = _inputs(model_and_params, batch, 0.0)['cond']['prompt_embeds']
   assert not np.isclose(kept, empty, atol=1e-6).all((1, 2)).any()
 
 
@@ -134,8 +136,13 @@ def test_draws_belong_to_the_example_and_the_epoch(model_and_params):
   moved = _inputs(
     model_and_params, {name: array[order] for name, array in batch.items()}
   )
-  for name, array in inputs.items():
-    np.testing.assert_allclose(array[order], moved[name], atol=1e-5)
+  jax.tree.map(
+    lambda array, other: np.testing.assert_allclose(
+      array[order], other, atol=1e-5
+    ),
+    inputs,
+    moved,
+  )
   later = _inputs(model_and_params, batch | {'epoch': batch['epoch'] + 1})
   assert np.abs(np.asarray(later['target'] - inputs['target'])).min() > 0
 
@@ -151,8 +158,8 @@ def test_swapping_the_images_flips_the_margin(model_and_params):
   swapped = inputs | {'x_t': inputs['x_t'][:, ::-1]}
 
   def margin(inputs):
-    policy = preference.pair_err(moved['unet'], inputs, model=model)
-    ref = preference.pair_err(task.frozen['ref'], inputs, model=model)
+    policy = _maker(model).err(moved['unet'], inputs)
+    ref = _maker(model).err(task.frozen['ref'], inputs)
     reward = 0.5 * BETA * (ref - policy)
     return np.asarray(reward[:, types.WIN] - reward[:, types.LOSE])
 
@@ -166,13 +173,13 @@ def test_swapping_the_images_flips_the_margin(model_and_params):
 def test_pair_err_equals_two_separate_forwards(model_and_params):
   model, params = model_and_params
   inputs = _inputs(model_and_params, _batch(), 0.0)
-  both = preference.pair_err(params['unet'], inputs, model=model)
+  both = _maker(model).err(params['unet'], inputs)
   for side in (types.WIN, types.LOSE):
     output = model.apply_unet(
       params['unet'],
       inputs['x_t'][:, side],
       inputs['t'],
-      inputs['prompt_embeds'],
+      inputs['cond'],
     )
     wanted = np.square(
       np.asarray(output, np.float64) - np.asarray(inputs['target'][:, side])

@@ -48,13 +48,12 @@ def test_names_are_those_of_pytorch(name, configs, shapes):
   diffusers = pytest.importorskip('diffusers')
   transformers = pytest.importorskip('transformers')
   options = configs[name]
-  if name == 'text_encoder':
-    reference = transformers.CLIPTextModel(
-      transformers.CLIPTextConfig(**options)
-    )
+  component = diffusers_maps.COMPONENTS[name]
+  if component.library == 'transformers':
+    cls = getattr(transformers, component.class_name)
+    reference = cls(transformers.CLIPTextConfig(**options))
   else:
-    cls = diffusers_maps.COMPONENTS[name].class_name
-    reference = getattr(diffusers, cls)(**options)
+    reference = getattr(diffusers, component.class_name)(**options)
   zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes[name])
   ours = mapping.from_flax(zeros, _rules(name))
   # transformers 4 has the prefix `text_model.` and transformers 5 has not.

@@ -6,6 +6,7 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from dpo_jax.weights import safetensors_io
 
@@ -52,6 +53,100 @@ def test_transposed_views_are_written_in_order(tmp_path):
   safetensors_io.save(tmp_path / 'a.safetensors', {'x': view})
   loaded = safetensors_io.load(tmp_path / 'a.safetensors')
   np.testing.assert_array_equal(loaded['x'], view)
+
+
+def test_the_bytes_are_those_of_the_library(tmp_path):
+  ours, theirs = tmp_path / 'a.safetensors', tmp_path / 'b.safetensors'
+  rng = np.random.default_rng(0)
+  tensors = {
+    name + code: (3 * rng.standard_normal((2, 3))).astype(kind)
+    for code, kind in safetensors_io.DTYPES.items()
+    for name in ('z', 'a', 'B', '\u00e9', '"', '\\', '\x01', '\x7f', '\u2028')
+  } | {
+    'scalar': np.array(2, np.float32),
+    'odd': np.zeros(3, np.int8),
+    'empty': np.zeros((0, 3), np.float32),
+  }
+  safetensors_io.save(ours, tensors)
+  safetensors.numpy.save_file(tensors, theirs, metadata={'format': 'pt'})
+  assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_save_casts(tmp_path):
+  path = tmp_path / 'a.safetensors'
+  safetensors_io.save(path, {'x': np.float32([1, 2])}, dtype=np.float16)
+  assert safetensors_io.load(path)['x'].dtype == np.float16
+  with pytest.raises(ValueError, match="'x' has dtype 'complex64'; allowed"):
+    safetensors_io.save(path, {'x': np.ones(2, np.complex64)})
+  with pytest.raises(ValueError, match=r"'x' holds 1 NaN or inf.* of 2"):
+    safetensors_io.save(path, {'x': np.float32([1, 1e6])}, dtype=np.float16)
+  # What was there stays, and nothing is left over.
+  assert safetensors_io.load(path)['x'].tolist() == [1, 2]
+  assert [entry.name for entry in tmp_path.iterdir()] == ['a.safetensors']
+
+
+def test_several_files_are_one(tmp_path):
+  one, two = tmp_path / 'one.safetensors', tmp_path / 'two.safetensors'
+  safetensors_io.save(one, {'x': np.float32([1, 2])})
+  safetensors_io.save(two, {'y': np.float16([3])})
+  files = safetensors_io.TensorFiles([one, two])
+  assert list(files.keys()) == ['x', 'y']
+  assert files.source == str(one)
+  assert files.path('y') == two and files.shape('y') == (1,)
+  assert files.dtype('y') == np.float16
+  assert files.read('y').tolist() == [3] and files.read('x').tolist() == [1, 2]
+  with pytest.raises(ValueError, match=r"one\.safetensors: no tensor 'z'"):
+    files.read('z')
+  safetensors_io.save(two, {'x': np.float16([3])})
+  with pytest.raises(ValueError, match=r"two.*: tensor 'x' is in one\.safe"):
+    safetensors_io.TensorFiles([one, two])
+
+
+def test_files_are_checked_before_anything_is_read(tmp_path):
+  path = tmp_path / 'a.safetensors'
+  safetensors_io.save(path, TENSORS)
+  path.write_bytes(path.read_bytes() + b'more')
+  with pytest.raises(ValueError, match=r'a\.safetensors: malformed safeten'):
+    safetensors_io.TensorFiles([path])
+
+
+def test_files_are_closed_every_so_often(tmp_path, monkeypatch):
+  """Else all that was read would stay in memory."""
+  path = tmp_path / 'a.safetensors'
+  tensors = {f'x{i}': np.full(4, i, np.float32) for i in range(10)}
+  safetensors_io.save(path, tensors)
+  opened, original = [], safetensors.safe_open
+
+  def safe_open(*args, **options):
+    opened.append(args)
+    return original(*args, **options)
+
+  monkeypatch.setattr(safetensors, 'safe_open', safe_open)
+  monkeypatch.setattr(safetensors_io, 'WINDOW', 40)
+  files = safetensors_io.TensorFiles([path])
+  for name, tensor in tensors.items():
+    np.testing.assert_array_equal(files.read(name), tensor)
+  # Once to check it, then for every third tensor of 16 bytes.
+  assert len(opened) == 1 + 4
+
+
+def test_random_damage_is_found_or_harmless(tmp_path):
+  path = tmp_path / 'a.safetensors'
+  safetensors_io.save(path, TENSORS)
+  whole = path.read_bytes()
+  rng = np.random.default_rng(0)
+  refused = 0
+  for _ in range(500):
+    data = bytearray(whole)
+    for position in rng.integers(0, len(whole), 3):
+      data[position] = rng.integers(256)
+    path.write_bytes(data)
+    try:
+      safetensors_io.load(path)
+    except ValueError as error:
+      assert str(error).startswith(f'{path}: ')
+      refused += 1
+  assert 400 < refused < 500
 
 
 def test_some_names_only(tmp_path):
@@ -114,7 +209,16 @@ def _entry(dtype='F32', shape=(2,), offsets=(0, 8)):
     ({'x': _entry(shape=(3,))}, "'x' of shape [3]"),
     ({'x': _entry(offsets=(8, 16))}, "'x' ends at byte 16 of 8"),
     ({'x': {'dtype': 'F32'}}, "'x': bad header entry"),
-    ({'x': _entry(), 'y': _entry()}, 'malformed safetensors'),
+    ({'x': _entry(), 'y': _entry()}, "'y' begins at byte 0 of the data, sho"),
+    ({'x': _entry(shape=(1,), offsets=(4, 8))}, "'x' begins at byte 4"),
+    ({'x': _entry(shape=(1,), offsets=(0, 4))}, 'malformed safetensors'),
+    ({'x': _entry(offsets=('0', '8'))}, "'x': bad header entry"),
+    ({'x': _entry(offsets=(8, 0))}, "'x' of shape [2] and dtype F32 cannot"),
+    ({'x': _entry(offsets=(-8, 0))}, "'x': bad header entry"),
+    ({'x': _entry(shape=(-1, -2))}, "'x': bad header entry"),
+    ({'x': _entry(shape=(2.0,))}, "'x': bad header entry"),
+    ({'x': _entry(dtype=['F32'])}, "'x' has dtype ['F32']"),
+    ({'x': 7}, "'x': bad header entry"),
     (b'{"x": ', 'header is not JSON'),
     (b'["x"]', 'not a safetensors file'),
   ],
@@ -161,7 +265,6 @@ def test_values_that_are_not_finite_are_named(value, dtype, tmp_path):
   with pytest.raises(ValueError, match=r"'bad' holds 1 NaN or inf.* of 2"):
     safetensors_io.save(path, tensors)
   assert not path.exists()
-  save = safetensors_io.safetensors.numpy.save_file
-  save(tensors, path)
+  safetensors.numpy.save_file(tensors, path)
   with pytest.raises(ValueError, match=r"'bad' holds 1 NaN or inf.* of 2"):
     safetensors_io.load(path)

@@ -1,0 +1,266 @@
+"""Opens a model wherever it lies and wires its networks and schedule."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Collection, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax import sharding, trees, types
+from dpo_jax import stable_diffusion as sd_lib
+from dpo_jax.data import tokenizer as tokenizer_lib
+from dpo_jax.diffusion import schedule as schedule_lib
+from dpo_jax.models import clip, unet, vae
+from dpo_jax.train import checkpoint
+from dpo_jax.weights import (
+  diffusers_maps,
+  model_index,
+  pipeline,
+  single_file,
+  sources,
+)
+
+TEXT_ENCODERS = {
+  'text_encoder': clip.CLIPTextModel,
+  'text_encoder_2': clip.CLIPTextModelWithProjection,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Opened:
+  """A model that is ready to be trained or sampled.
+
+  Attributes:
+    base: the diffusers folder whose configs and tokenizers it has; an export
+      is written on top of it.
+    base_has_weights: not where the weights came from a single file.
+    source: where it came from, for the record: name and revision.
+    params: component name to parameters, placed on the mesh.
+  """
+
+  base: pathlib.Path
+  base_has_weights: bool
+  source: dict[str, str]
+  model: sd_lib.StableDiffusion
+  params: dict[str, types.Params]
+  tokenizers: tokenizer_lib.Tokenizers
+
+
+def make_model(
+  parts: pipeline.Pipeline,
+  *,
+  dtype: types.DTypeLike,
+  remat: str = 'none',
+  zero_terminal_snr: bool = False,
+) -> sd_lib.StableDiffusion:
+  """Modules and schedule of a pipeline folder.
+
+  A VAE whose config says force_upcast computes in float32. With
+  `zero_terminal_snr` the training schedule is rescaled to end in pure noise
+  (Lin et al., 2023, algorithm 1).
+  """
+  dtype = jnp.dtype(dtype)
+  configs, scheduler = parts.configs, dict(parts.scheduler_config)
+  if parts.class_name == 'StableDiffusionPipeline':
+    # diffusers' pipeline of that name overrides its file in these two.
+    scheduler |= {'steps_offset': 1, 'clip_sample': False}
+  if zero_terminal_snr:
+    scheduler['rescale_betas_zero_snr'] = True
+  settings = configs['vae']
+  return sd_lib.StableDiffusion(
+    unet=unet.UNet2DConditionModel(configs['unet'], dtype=dtype, remat=remat),
+    vae=vae.AutoencoderKL(
+      settings, dtype=jnp.dtype('float32') if settings.force_upcast else dtype
+    ),
+    text_encoders={
+      name: make(configs[name], dtype=dtype)
+      for name, make in TEXT_ENCODERS.items()
+      if name in configs
+    },
+    schedule=schedule_lib.from_config(scheduler),
+    scheduler_config=scheduler,
+    scaling_factor=settings.scaling_factor,
+    latent_channels=settings.latent_channels,
+    downscale=settings.downscale,
+    micro_cond_dim=_micro_cond_dim(parts),
+    zero_uncond=parts.force_zeros_for_empty_prompt,
+  )
+
+
+def _micro_cond_dim(parts: pipeline.Pipeline) -> int:
+  if parts.class_name == 'StableDiffusionPipeline':
+    return 0
+  return 5 if parts.requires_aesthetics_score else 6
+
+
+def open_model(
+  name: str,
+  *,
+  mesh: jax.sharding.Mesh,
+  revision: str = '',
+  variant: str = '',
+  configs: str = '',
+  prediction_type: str = '',
+  random_init: Collection[str] = (),
+  seed: int = 0,
+  **options,
+) -> Opened:
+  """Opens a folder, a gs:// path, a hub id or a single-file checkpoint.
+
+  revision, variant: of a hub id; the variant also of a folder ('fp16').
+  configs: for a single file, a diffusers folder of the same architecture
+  (weights are not needed) or a folder with CLIP's tokenizer, and with that
+  `prediction_type` where the file does not tell (SD 2.x). Components in
+  `random_init` start from random weights that follow from `seed`. `options`
+  are those of make_model.
+
+  Raises ValueError with one line on what is wrong and what to do.
+  """
+  place = functools.partial(_place, mesh)
+  source = sources.resolve(name, revision=revision, variant=variant)
+  base = _base_of(source, configs, prediction_type)
+  if source.kind == 'file':
+    # All components but those that are to start at random lie in one file.
+    parts = pipeline.load(base, without=tuple(diffusers_maps.COMPONENTS))
+    wanted = {k: v for k, v in parts.configs.items() if k not in random_init}
+    params = single_file.load_params(source.path, wanted, place=place)
+  else:
+    parts = pipeline.load(
+      base, without=tuple(random_init), variant=variant, place=place
+    )
+    params = dict(parts.params)
+  for missing in random_init:
+    if missing not in parts.configs:
+      raise ValueError(
+        f'model.random_init: {name!r} has no {missing}, only '
+        + ', '.join(parts.configs)
+      )
+    params[missing] = _init(missing, parts, seed, place)
+  return Opened(
+    base=base,
+    base_has_weights=source.kind == 'folder',
+    source={'name': name, 'revision': source.revision},
+    model=make_model(parts, **options),
+    params=params,
+    tokenizers=tokenizer_lib.load_all(parts.tokenizer_folders),
+  )
+
+
+def save_model(
+  out: str | pathlib.Path,
+  opened: Opened,
+  trained: Mapping[str, types.Params],
+  *,
+  dtype: str,
+  notes: str = '',
+) -> None:
+  """Writes a diffusers folder with the trained components.
+
+  Arguments and errors as for pipeline.save. What was not trained is copied
+  from the base, or cast to `dtype` where the model came from a single file.
+  """
+  rest = {} if opened.base_has_weights else opened.params
+  pipeline.save(
+    out,
+    base=opened.base,
+    params={**rest, **trained},
+    dtype=dtype,
+    notes=notes,
+  )
+
+
+def load_weights(
+  path: str, opened: Opened, *, step: int | None = None
+) -> dict[str, types.Params]:
+  """Components that replace those of `opened`, placed as they are.
+
+  path: a run's workdir (its newest checkpoint, or that of `step`), a pipeline
+  folder, or the folder of a UNet alone.
+
+  Raises ValueError when it is none of these or does not fit the model.
+  """
+  folder = pathlib.Path(path)
+  if (folder / 'checkpoints').is_dir():
+    found, _ = checkpoint.restore_params(folder, step=step)
+  elif step is not None:
+    raise ValueError(f'{path}: only a run has steps; leave out the step')
+  elif (folder / model_index.NAME).is_file():
+    found = dict(pipeline.load(folder).params)
+  elif (folder / 'config.json').is_file():
+    found = {'unet': diffusers_maps.load_component('unet', folder)[1]}
+  else:
+    raise ValueError(
+      f"{path}: neither a run's workdir, nor a pipeline (model_index.json), "
+      'nor a UNet (config.json)'
+    )
+  for name, params in found.items():
+    _check_fit(path, name, params, opened.params.get(name))
+  return {
+    name: jax.tree.map(
+      lambda new, old: jax.device_put(new, old.sharding),
+      params,
+      opened.params[name],
+    )
+    for name, params in found.items()
+  }
+
+
+def _check_fit(path, name, params, wanted):
+  shapes, expected = (
+    {trees.leaf_name(place): tuple(leaf.shape) for place, leaf in leaves}
+    for leaves in (
+      jax.tree_util.tree_leaves_with_path(params),
+      jax.tree_util.tree_leaves_with_path(wanted),
+    )
+  )
+  wrong = sorted(
+    key
+    for key in shapes.keys() | expected.keys()
+    if shapes.get(key) != expected.get(key)
+  )
+  if wrong:
+    key = wrong[0]
+    raise ValueError(
+      f'{path}: {name} does not fit the model: {key} is {shapes.get(key)}, '
+      f'the model has {expected.get(key)} ({len(wrong)} leaves differ)'
+    )
+
+
+def _base_of(
+  source: sources.Source, configs: str, prediction_type: str
+) -> pathlib.Path:
+  if source.kind == 'file':
+    return single_file.cached_base(
+      source.path, configs=configs, prediction_type=prediction_type
+    )
+  for name, value in (
+    ('configs', configs),
+    ('prediction_type', prediction_type),
+  ):
+    if value:
+      raise ValueError(
+        f'model.{name}={value!r} is for single-file checkpoints; '
+        f'{source.name!r} is a folder with configs of its own'
+      )
+  return source.path
+
+
+def _place(mesh, name: str, shapes: types.PyTree) -> types.PyTree:
+  del name  # Every component is sharded by the same rule.
+  return sharding.state_shardings(shapes, mesh)
+
+
+def _init(
+  name: str, parts: pipeline.Pipeline, seed: int, place
+) -> types.Params:
+  """Random parameters of one component, placed."""
+  component, config = diffusers_maps.COMPONENTS[name], parts.configs[name]
+  key = jax.random.fold_in(
+    jax.random.key(seed), list(diffusers_maps.COMPONENTS).index(name)
+  )
+  return jax.jit(
+    functools.partial(component.init, config),
+    out_shardings=place(name, component.init_shapes(config)),
+  )(key)

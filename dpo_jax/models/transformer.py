@@ -1,0 +1,94 @@
+"""The UNet's transformers: positions attend to each other and to the text."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from dpo_jax import types
+from dpo_jax.models import attention, layers
+
+# The epsilon of a transformer's own norm; not the option norm_eps.
+EPS = 1e-6
+
+
+class Transformer2D(nn.Module):
+  """Transformer layers over the positions of a feature map, residual.
+
+  The two projections are dense layers or 1x1 convolutions, which differ in
+  the shape of their kernels only.
+  """
+
+  heads: int
+  depth: int
+  groups: int
+  use_linear_projection: bool
+  dtype: types.DTypeLike
+  remat: str
+
+  @nn.compact
+  def __call__(
+    self, x: layers.Features, context: Float[Array, 'n s d']
+  ) -> layers.Features:
+    n, h, w, c = x.shape
+
+    def project(name, init):
+      if self.use_linear_projection:
+        return layers.Dense(c, kernel_init=init, dtype=self.dtype, name=name)
+      return nn.Conv(c, (1, 1), kernel_init=init, dtype=self.dtype, name=name)
+
+    layer = TransformerLayer
+    layer = nn.remat(layer) if self.remat == 'full' else layer
+    y = layers.group_norm(self.groups, EPS, dtype=self.dtype, name='norm')(x)
+    y = project('proj_in', nn.linear.default_kernel_init)(y)
+    y = y.reshape(n, h * w, c)
+    for i in range(self.depth):
+      y = layer(self.heads, self.dtype, name=f'transformer_blocks_{i}')(
+        y, context
+      )
+    y = y.reshape(n, h, w, c)
+    return x + project('proj_out', nn.initializers.zeros)(y)
+
+
+class TransformerLayer(nn.Module):
+  """Self-attention, attention to the text, gated network; norms first."""
+
+  heads: int
+  dtype: types.DTypeLike
+
+  @nn.compact
+  def __call__(self, x, context):
+    def norm(name):
+      return layers.layer_norm(dtype=self.dtype, name=name)
+
+    def attend(name):
+      return attention.Attention(self.heads, dtype=self.dtype, name=name)
+
+    x = x + attend('attn1')(norm('norm1')(x))
+    x = x + attend('attn2')(norm('norm2')(x), context)
+    return x + FeedForward(self.dtype, name='ff')(norm('norm3')(x))
+
+
+class FeedForward(nn.Module):
+  """Dense to four times the width with GEGLU (Shazeer 2020), and back."""
+
+  dtype: types.DTypeLike
+
+  @nn.compact
+  def __call__(self, x):
+    width = x.shape[-1]
+    h = GEGLU(4 * width, self.dtype, name='net_0')(x)
+    return layers.Dense(width, dtype=self.dtype, name='net_2')(h)
+
+
+class GEGLU(nn.Module):
+  """value * gelu(gate), the exact gelu, of one projection's halves."""
+
+  features: int
+  dtype: types.DTypeLike
+
+  @nn.compact
+  def __call__(self, x):
+    x = layers.Dense(2 * self.features, dtype=self.dtype, name='proj')(x)
+    value, gate = jnp.split(x, 2, axis=-1)
+    return value * jax.nn.gelu(gate, approximate=False)

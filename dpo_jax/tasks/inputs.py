@@ -1,0 +1,180 @@
+"""What a denoiser is trained on: noised latents, targets and conditioning.
+
+Examples are [b p ...] with p images of one caption: 2 for pairs, 1 else. The
+noise, the timestep and the dropping of the caption are drawn once an example
+and shared by its images; the VAE's posterior is sampled for each image.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from dpo_jax import keys as keys_lib
+from dpo_jax import stable_diffusion as sd_lib
+from dpo_jax import types
+from dpo_jax.diffusion import predict
+from dpo_jax.objectives import errors
+
+DRAWS = ('eps', 't', 'posterior', 'dropout')
+DROPPED_PROMPTS = ('empty', 'zeros')
+MICRO_CONDS = ('constant', 'true_size')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inputs:
+  """How examples become inputs of the network; numbers of the config.
+
+  Attributes:
+    resolution: side of the square training images, pixels.
+    empty_ids: [k s], the empty prompt for each text encoder.
+    prompt_dropout: probability that an example loses its caption.
+    dropped_prompt: a lost caption is 'empty' (the encoding of '') or 'zeros'.
+    micro_cond: 'constant' (size and target are the resolution, no crop) or
+      'true_size' (each image's own size and crop).
+    timesteps: the timesteps to draw from, each as likely; None is all.
+  """
+
+  model: sd_lib.StableDiffusion
+  resolution: int
+  empty_ids: Int[Array, 'k s']
+  prompt_dropout: float = 0.0
+  dropped_prompt: str = 'empty'
+  micro_cond: str = 'constant'
+  timesteps: Int[np.ndarray, ' m'] | None = None
+
+  def make(
+    self,
+    params: Mapping[str, types.Params],
+    batch: Mapping[str, jax.Array],
+    key: types.Key,
+    *,
+    prompt_dropout: float | None = None,
+  ) -> dict[str, types.PyTree]:
+    """x_t, target [b p h w c], t [b], cond (micro_cond [b p m], rest [b ...]).
+
+    params: 'vae' and the text encoders. batch: `images` uint8 [b p H W 3],
+    `sizes` [b p 4], `input_ids` [b k s], `id` and `epoch` [b].
+    """
+    model = self.model
+    draws = {
+      name: keys_lib.per_example(named, batch['id'], batch['epoch'])
+      for name, named in keys_lib.by_name(key, DRAWS).items()
+    }
+    x_0 = self._latents(params, batch['images'], draws['posterior'])
+    eps = keys_lib.normal(draws['eps'], x_0.shape[2:])[:, None]
+    t = self._draw_timesteps(draws['t'])
+    alpha_t, sigma_t = (
+      value[:, None, None, None, None]
+      for value in model.schedule.alpha_sigma(t)
+    )
+    target = predict.training_target(
+      x_0,
+      eps,
+      alpha_t,
+      sigma_t,
+      prediction_type=model.schedule.prediction_type,
+    )
+    rate = self.prompt_dropout if prompt_dropout is None else prompt_dropout
+    dropped = keys_lib.uniform(draws['dropout']) < rate
+    cond = self._encode(params, batch['input_ids'], dropped)
+    return {
+      'x_t': alpha_t * x_0 + sigma_t * eps,
+      'target': jnp.broadcast_to(target, x_0.shape),
+      't': t,
+      'cond': cond | self._micro_cond(batch),
+    }
+
+  def err(
+    self, unet_params: types.Params, inputs: Mapping[str, types.PyTree]
+  ) -> Float[Array, 'b p']:
+    """Mean squared error of the network, float32, all images in one forward.
+
+    'b p h w c -> (b p) h w c' keeps a batch-sharded array on its device.
+    """
+    x_t = inputs['x_t']
+    count = x_t.shape[1]
+
+    def flat(name, value):
+      if name == 'micro_cond':
+        return value.reshape((-1, value.shape[-1]))
+      return jnp.repeat(value, count, axis=0)
+
+    output = self.model.apply_unet(
+      unet_params,
+      x_t.reshape((-1, *x_t.shape[2:])),
+      jnp.repeat(inputs['t'], count),
+      {name: flat(name, value) for name, value in inputs['cond'].items()},
+    )
+    return errors.mean_squared(output.reshape(x_t.shape), inputs['target'])
+
+  def _latents(self, params, images, keys):
+    images = sd_lib.to_float(images)
+    b, p = images.shape[:2]
+    latent_shape = self.model.latent_shape(self.resolution)
+    noise = keys_lib.normal(keys, (p, *latent_shape))
+    x_0 = self.model.encode_images(
+      params['vae'],
+      images.reshape((b * p, *images.shape[2:])),
+      noise.reshape((b * p, *latent_shape)),
+    )
+    return x_0.reshape(noise.shape)
+
+  def _draw_timesteps(self, keys):
+    if self.timesteps is None:
+      return keys_lib.randint(keys, 0, self.model.schedule.num_steps)
+    chosen = keys_lib.randint(keys, 0, len(self.timesteps))
+    return jnp.asarray(self.timesteps, jnp.int32)[chosen]
+
+  def _encode(self, params, input_ids, dropped: Bool[Array, ' b']):
+    if self.dropped_prompt == 'zeros':
+      cond = self.model.encode_text(params, input_ids)
+
+      def zero(value):
+        mask = dropped.reshape((-1,) + (1,) * (value.ndim - 1))
+        return jnp.where(mask, 0.0, value)
+
+      return jax.tree.map(zero, cond)
+    ids = jnp.where(dropped[:, None, None], self.empty_ids, input_ids)
+    return self.model.encode_text(params, ids)
+
+  def _micro_cond(self, batch):
+    b, p = batch['images'].shape[:2]
+    side = (self.resolution, self.resolution)
+    if self.micro_cond == 'true_size':
+      sizes = batch['sizes'].reshape((b * p, 4))
+    else:
+      sizes = sd_lib.constant_sizes(b * p, side)
+    added = self.model.add_micro_cond({}, sizes=sizes, target=side)
+    return {
+      name: value.reshape((b, p, value.shape[-1]))
+      for name, value in added.items()
+    }
+
+
+def choose_timesteps(
+  total: int, *, low: int = 0, high: int = 0, only: Sequence[int] = ()
+) -> Int[np.ndarray, ' m'] | None:
+  """The timesteps to train on: [low, high), or `only` these; None is all.
+
+  `high` 0 means `total`. Raises ValueError for a range that is empty or
+  leaves [0, total), and when both ways are used.
+  """
+  if only:
+    if low or high:
+      raise ValueError(
+        f'noise.timesteps={tuple(only)} and noise.t_min={low}, '
+        f'noise.t_max={high}: give the timesteps or their range, not both'
+      )
+    chosen = np.asarray(only, np.int32)
+  else:
+    chosen = np.arange(low, high or total, dtype=np.int32)
+  if not len(chosen) or chosen.min() < 0 or chosen.max() >= total:
+    raise ValueError(
+      f'noise.t_min={low}, noise.t_max={high}, noise.timesteps={tuple(only)}: '
+      f'must name at least one timestep in [0, {total})'
+    )
+  return None if len(chosen) == total and not only else chosen

@@ -1,0 +1,312 @@
+"""Generates pictures from a file of prompts.
+
+  python -m dpo_jax.tools.generate --model=MODEL --prompts=prompts.txt \\
+    --out=pictures [--weights=runs/sd15] [--sampler=dpmpp_2m --steps=25]
+
+MODEL is a diffusers folder, a gs:// path, a hub id or a single file. Pictures
+are named by the prompt's id; manifest.jsonl says how each was made and its
+SHA-256. The same command continues where it stopped: pictures that are there
+and verified are kept. A picture's noise follows from --seed, the prompt's id
+and its number alone, so that two models can be compared picture by picture.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from PIL import Image
+
+from dpo_jax import loading, sharding, trees
+from dpo_jax.data import images as images_lib
+from dpo_jax.diffusion import samplers
+from dpo_jax.evaluate import generate, grid, manifest
+from dpo_jax.evaluate import prompts as prompts_lib
+from dpo_jax.tools import arguments
+from dpo_jax.train import progress
+from dpo_jax.weights import diffusers_maps
+
+# diffusers' defaults: 7.5 for Stable Diffusion, 5.0 for SDXL.
+GUIDANCE_SCALES = {0: 7.5, 5: 5.0, 6: 5.0}
+IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')
+# Pictures on the contact sheet at most.
+SHEET = 256
+
+
+def _parse(argv: Sequence[str]):
+  number = arguments.number
+  parser = arguments.Parser('dpo_jax.tools.generate', __doc__)
+  add = parser.add_argument
+  add('--model', required=True)
+  add('--prompts', required=True, help='.txt .json .jsonl .csv .tsv .parquet')
+  add('--out', required=True, help='folder for the pictures')
+  add('--weights', help="a run's workdir, a pipeline or a UNet folder")
+  add('--step', type=number(int, low=0), help='of a run given as --weights')
+  add('--revision', default='', help='of a hub id')
+  add('--variant', default='', choices=('', 'fp16'))
+  add('--configs', default='', help='for a single file: see the README')
+  add('--prediction_type', default='', choices=('', 'epsilon', 'v_prediction'))
+  add('--sampler', default='auto', choices=('auto', *samplers.SAMPLERS))
+  add('--steps', type=number(int, low=1), default=50)
+  add('--guidance_scale', type=number(float, low=0), help='1 or less is off')
+  add('--guidance_rescale', type=number(float, low=0, high=1), default=0.0)
+  add('--eta', type=number(float, low=0, high=1), default=0.0)
+  add('--karras', type=arguments.switch, help='true or false')
+  add('--negative_prompt', default='')
+  add('--seed', type=number(int, low=0, high=2**31 - 1), default=0)
+  add('--images_per_prompt', type=number(int, low=1), default=1)
+  add('--size', type=arguments.size, help="HxW; default: the model's own")
+  add('--batch', type=number(int, low=1), help='pictures at once')
+  add('--limit', type=number(int, low=1), help='only the first prompts')
+  add('--latents', help='.npy of start noise [n h w c], n pictures or 1')
+  add('--init_images', help='folder of pictures named by prompt id (SDEdit)')
+  add('--strength', type=number(float, low=0, high=1), default=0.8)
+  add('--refiner', help='SDXL refiner')
+  add('--refiner_start', type=number(float, low=0, high=1), default=0.8)
+  add('--dtype', default='auto', choices=('auto', 'float32', 'bfloat16'))
+  return parser.parse(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Generates; ValueError says what is wrong with the input."""
+  values = _parse(argv)
+  prompts = prompts_lib.read(values.prompts)[: values.limit]
+  mesh = sharding.make_mesh()
+  batch_size = _batch_size(values.batch, mesh)
+  opened = _open(values, values.model, mesh)
+  params = dict(opened.params)
+  if values.weights:
+    params |= loading.load_weights(values.weights, opened, step=values.step)
+  refiner = _open(values, values.refiner, mesh) if values.refiner else None
+  settings = _settings(values, opened)
+  entries = _entries(prompts, values)
+  inputs = _inputs(values, opened, refiner, prompts, entries, settings)
+  sample_fn = generate.make_sample_fn(
+    opened.model, settings, refiner=refiner and refiner.model
+  )
+  if refiner:
+    params['refiner'] = {
+      name: tree for name, tree in refiner.params.items() if name != 'vae'
+    }
+  record = _record(values, opened, refiner, params, settings)
+  main_process = jax.process_index() == 0
+  # One process owns the folder and tells the others what is to be done.
+  missing = np.ones(len(entries), bool)
+  if main_process:
+    pictures = manifest.Pictures(values.out, record)
+    missing[:] = [not pictures.is_done(entry) for entry in entries]
+  if jax.process_count() > 1:
+    missing = multihost_utils.broadcast_one_to_all(missing)
+  todo = np.flatnonzero(missing)
+  if len(todo) < len(entries):
+    print(f'{len(entries) - len(todo)} pictures are there', file=sys.stderr)
+  with progress.Progress(0, len(todo), label='pictures') as bar:
+    for rows, images in generate.generate_batches(
+      sample_fn,
+      params,
+      {name: array[todo] for name, array in inputs.items()},
+      np.array([entries[i]['seed'] for i in todo], np.uint32),
+      seed=values.seed,
+      batch_size=batch_size,
+      mesh=mesh,
+    ):
+      if main_process:
+        pictures.add([entries[i] for i in todo[rows]], images)
+      bar.update(rows.stop, {})
+  if main_process:
+    pictures.close([entry['file'] for entry in entries])
+    _contact_sheet(pictures.path, entries)
+    print(f'{len(entries)} pictures in {values.out}', file=sys.stderr)
+
+
+def _open(values, name: str, mesh) -> loading.Opened:
+  dtype = values.dtype
+  if dtype == 'auto':
+    on_cpu = mesh.devices.flat[0].platform == 'cpu'
+    dtype = 'float32' if on_cpu else 'bfloat16'
+  return loading.open_model(
+    name,
+    mesh=mesh,
+    revision=values.revision,
+    variant=values.variant,
+    configs=values.configs,
+    prediction_type=values.prediction_type,
+    dtype=dtype,
+  )
+
+
+def _batch_size(given: int | None, mesh) -> int:
+  devices = mesh.devices.size
+  if given is None:
+    return 4 * devices
+  if given % devices:
+    raise ValueError(
+      f'--batch={given}: must be a multiple of the {devices} devices'
+    )
+  return given
+
+
+def _settings(values, opened: loading.Opened) -> generate.Settings:
+  model = opened.model
+  sampler = values.sampler
+  if sampler == 'auto':
+    own = str(model.scheduler_config.get('_class_name'))
+    sampler = samplers.from_scheduler_class(own)
+    if sampler is None:
+      sampler = 'ddim'
+      print(f'the model names {own}; --sampler=ddim is used', file=sys.stderr)
+  size = values.size
+  if size is None:
+    unet = diffusers_maps.load_config(opened.base / 'unet')
+    latent = unet.get('sample_size')
+    if latent is None:
+      raise ValueError(f'--size is needed: {opened.base} names no sample_size')
+    side = [latent] * 2 if isinstance(latent, int) else latent
+    size = tuple(int(cells) * model.downscale for cells in side)
+  model.latent_shape(size)
+  scale = values.guidance_scale
+  if scale is None:
+    scale = GUIDANCE_SCALES[model.micro_cond_dim]
+  return generate.Settings(
+    size=size,
+    sampler=sampler,
+    num_steps=values.steps,
+    guidance_scale=scale,
+    guidance_rescale=values.guidance_rescale,
+    eta=values.eta,
+    karras=values.karras,
+    strength=values.strength if values.init_images else 1.0,
+    refiner_start=values.refiner_start,
+  )
+
+
+def _entries(prompts: list[prompts_lib.Prompt], values) -> list[dict]:
+  """One entry a picture, in order; `seed` is what its noise hangs on."""
+  entries = []
+  for prompt in prompts:
+    for i in range(values.images_per_prompt):
+      number = zlib.crc32(f'{prompt.id}/{i}'.encode())
+      if prompt.seed is not None:
+        number = (prompt.seed + i) % 2**32
+      entries.append(
+        {
+          'file': f'{prompt.id}_{i}.png',
+          'id': prompt.id,
+          'image': i,
+          'prompt': prompt.text,
+          'negative_prompt': (
+            values.negative_prompt
+            if prompt.negative is None
+            else prompt.negative
+          ),
+          'seed': number,
+        }
+      )
+  return entries
+
+
+def _inputs(values, opened, refiner, prompts, entries, settings):
+  """Arrays [n ...] of make_sample_fn's batch."""
+  texts = [entry['prompt'] for entry in entries]
+  negative = [entry['negative_prompt'] for entry in entries]
+  cut = opened.tokenizers.encode([prompt.text for prompt in prompts])[1]
+  if cut:
+    print(
+      f'{cut} of {len(prompts)} prompts are longer than the text encoder '
+      'takes; their ends are cut off',
+      file=sys.stderr,
+    )
+  inputs = generate.prompt_batch(
+    opened.model, opened.tokenizers.encode, texts, negative
+  )
+  if refiner:
+    second = generate.prompt_batch(
+      refiner.model, refiner.tokenizers.encode, texts, negative
+    )
+    inputs |= {f'refiner_{name}': array for name, array in second.items()}
+  shape = opened.model.latent_shape(settings.size)
+  if values.latents:
+    inputs['noise'] = _read_latents(values.latents, len(entries), shape)
+  if values.init_images:
+    inputs['images'] = np.stack(
+      [
+        _read_image(values.init_images, entry['id'], settings.size)
+        for entry in entries
+      ]
+    )
+  return inputs
+
+
+def _read_latents(path: str, n: int, shape: tuple) -> np.ndarray:
+  try:
+    noise = np.load(path, allow_pickle=False)
+  except (ValueError, EOFError) as error:
+    raise ValueError(f'--latents={path}: not a .npy array: {error}') from error
+  if noise.shape not in ((n, *shape), (1, *shape)):
+    raise ValueError(
+      f'--latents={path} has shape {noise.shape}; give {(n, *shape)} '
+      f'(pictures, height, width, channels) or {(1, *shape)}'
+    )
+  if noise.dtype.kind != 'f' or not np.isfinite(noise).all():
+    raise ValueError(f'--latents={path}: must hold finite floats')
+  return np.broadcast_to(noise, (n, *shape)).astype(np.float32)
+
+
+def _read_image(folder: str, name: str, size: tuple[int, int]) -> np.ndarray:
+  """The picture of a prompt, scaled to cover `size` and cut to its middle."""
+  paths = [pathlib.Path(folder) / f'{name}{s}' for s in IMAGE_SUFFIXES]
+  path = next((path for path in paths if path.is_file()), None)
+  if path is None:
+    raise ValueError(
+      f'--init_images={folder}: no picture {name} with suffix '
+      + ', '.join(IMAGE_SUFFIXES)
+    )
+  try:
+    pixels = images_lib.decode(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
+  return images_lib.cover(pixels, size)
+
+
+def _record(values, opened, refiner, params, settings) -> dict[str, Any]:
+  """What the folder's pictures have in common."""
+  record = {
+    'model': opened.source,
+    'unet_sha256': trees.digest(params['unet']),
+    'settings': dataclasses.asdict(settings) | {'size': list(settings.size)},
+    'seed': values.seed,
+    'compute_dtype': str(opened.model.unet.dtype),
+  }
+  if refiner:
+    record['refiner'] = refiner.source
+  if values.weights:
+    record['weights'] = {'path': values.weights, 'step': values.step}
+  for name in ('latents', 'init_images'):
+    if getattr(values, name):
+      record[name] = getattr(values, name)
+  return record
+
+
+def _contact_sheet(folder: pathlib.Path, entries: list[dict]) -> None:
+  shown = entries[:SHEET]
+  pictures = []
+  for entry in shown:
+    with Image.open(folder / entry['file']) as image:
+      image.thumbnail((320, 320))
+      pictures.append(np.asarray(image.convert('RGB')))
+  more = f', {len(entries) - SHEET} more' if len(entries) > SHEET else ''
+  grid.save_contact_sheet(
+    folder / 'contact_sheet.png',
+    np.stack(pictures),
+    [entry['prompt'] for entry in shown],
+    title=f'{len(shown)} pictures{more}',
+  )
+
+
+if __name__ == '__main__':
+  sys.exit(arguments.run(main, sys.argv[1:]))
