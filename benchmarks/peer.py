@@ -1,14 +1,16 @@
 """Our UNet beside PyTorch diffusers': forward, gradient and sampling.
 
   python -m benchmarks.peer [--size=reduced|sd15] [--rounds=3] [--repeats=5]
-    [--threads=2] [--batch=1]
+    [--threads=2] [--batch=1] [--remat=full] [--calls=forward,sample]
 
 Both programs have the same random weights (written once as safetensors), the
 same inputs and the same cores. They run in processes of their own, in turn,
 `rounds` times each; the table gives the median over all rounds, the fastest
 and slowest call, and the ratio of the medians (above 1: ours is faster), and
 how far the two forward passes are apart. Compile time is not in the medians.
-Gradients are of the mean squared output with respect to all parameters.
+Gradients are of the mean squared output with respect to all parameters; with
+--remat=full ours computes every block twice to need less memory (PyTorch's
+attention keeps no N x N matrix; ours does on a CPU).
 """
 
 import argparse
@@ -65,14 +67,14 @@ def _time(call, repeats: int) -> tuple[float, list[float]]:
   return times[0], times[1:]
 
 
-def run_torch(folder: pathlib.Path, size: str, batch: int, repeats: int):
+def run_torch(folder: pathlib.Path, values: argparse.Namespace):
   """Times diffusers' UNet; yields a record a measure."""
   import diffusers
   import torch
 
   torch.set_num_threads(len(os.sched_getaffinity(0)))
   model = diffusers.UNet2DConditionModel.from_pretrained(folder).eval()
-  x_t, t, embeds = _inputs(size, batch)
+  x_t, t, embeds = _inputs(values.size, values.batch)
   x_t = torch.tensor(x_t.transpose(0, 3, 1, 2))
   t, embeds = torch.tensor(t), torch.tensor(embeds)
 
@@ -87,7 +89,7 @@ def run_torch(folder: pathlib.Path, size: str, batch: int, repeats: int):
   scheduler = diffusers.DDIMScheduler.from_config(SCHEDULER)
 
   def sample():
-    scheduler.set_timesteps(SAMPLE_STEPS[size])
+    scheduler.set_timesteps(SAMPLE_STEPS[values.size])
     both = torch.cat([torch.zeros_like(embeds), embeds])
     state = x_t
     with torch.no_grad():
@@ -98,11 +100,12 @@ def run_torch(folder: pathlib.Path, size: str, batch: int, repeats: int):
         state = scheduler.step(output, step, state).prev_sample
 
   np.save(folder / 'torch.npy', forward().numpy().transpose(0, 2, 3, 1))
-  for name, call in _calls(forward, gradient, sample):
-    yield name, *_time(call, repeats)
+  calls = {'forward': forward, 'gradient': gradient, 'sample': sample}
+  for name, call in _chosen(values, calls):
+    yield name, *_time(call, values.repeats)
 
 
-def run_jax(folder: pathlib.Path, size: str, batch: int, repeats: int):
+def run_jax(folder: pathlib.Path, values: argparse.Namespace):
   """Times our UNet; yields a record a measure."""
   import jax
   import jax.numpy as jnp
@@ -113,8 +116,8 @@ def run_jax(folder: pathlib.Path, size: str, batch: int, repeats: int):
 
   config, params = diffusers_maps.load_component('unet', folder)
   params = jax.device_put(params)
-  model = unet.UNet2DConditionModel(config)
-  x_t, t, embeds = map(jnp.asarray, _inputs(size, batch))
+  model = unet.UNet2DConditionModel(config, remat=values.remat)
+  x_t, t, embeds = map(jnp.asarray, _inputs(values.size, values.batch))
 
   def apply(params, x_t, t, embeds):
     return model.apply({'params': params}, x_t, t, embeds)
@@ -122,7 +125,9 @@ def run_jax(folder: pathlib.Path, size: str, batch: int, repeats: int):
   def loss(params):
     return jnp.mean(jnp.square(apply(params, x_t, t, embeds)))
 
-  plan = samplers.make_plan(SCHEDULER, SAMPLE_STEPS[size], sampler='ddim')
+  plan = samplers.make_plan(
+    SCHEDULER, SAMPLE_STEPS[values.size], sampler='ddim'
+  )
 
   @jax.jit
   def sample(params):
@@ -140,25 +145,26 @@ def run_jax(folder: pathlib.Path, size: str, batch: int, repeats: int):
   print(f'scale {np.abs(wanted).max():.3g}', file=sys.stderr)
   apart = float(np.abs(output - wanted).max() / np.abs(wanted).max())
   yield 'apart', apart, []
-  for name, call in _calls(
-    lambda: jax.block_until_ready(forward(params, x_t, t, embeds)),
-    lambda: jax.block_until_ready(gradient(params)),
-    lambda: jax.block_until_ready(sample(params)),
-  ):
-    yield name, *_time(call, repeats)
+  calls = {
+    'forward': lambda: jax.block_until_ready(forward(params, x_t, t, embeds)),
+    'gradient': lambda: jax.block_until_ready(gradient(params)),
+    'sample': lambda: jax.block_until_ready(sample(params)),
+  }
+  for name, call in _chosen(values, calls):
+    yield name, *_time(call, values.repeats)
 
 
-def _calls(forward, gradient, sample):
-  return (('forward', forward), ('gradient', gradient), ('sample', sample))
+def _chosen(values: argparse.Namespace, calls: dict) -> list:
+  return [(name, calls[name]) for name in values.calls.split(',')]
 
 
-def write_weights(folder: pathlib.Path, size: str, *unused):
+def write_weights(folder: pathlib.Path, values: argparse.Namespace):
   """Writes the random UNet; yields its number of parameters."""
   import diffusers
   import torch
 
   torch.manual_seed(0)
-  model = diffusers.UNet2DConditionModel(**COMMON, **SIZES[size])
+  model = diffusers.UNet2DConditionModel(**COMMON, **SIZES[values.size])
   model.save_pretrained(folder, max_shard_size='100GB')
   yield 'count', sum(leaf.numel() for leaf in model.parameters()), []
 
@@ -171,9 +177,7 @@ def _child(values) -> None:
     0, set(sorted(os.sched_getaffinity(0))[: values.threads])
   )
   run = CHILDREN[values.child]
-  for name, first, times in run(
-    pathlib.Path(values.folder), values.size, values.batch, values.repeats
-  ):
+  for name, first, times in run(pathlib.Path(values.folder), values):
     print(json.dumps({'name': name, 'first': first, 'times': times}))
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   print(json.dumps({'name': 'peak', 'first': peak, 'times': []}))
@@ -183,7 +187,8 @@ def _start(values, folder: str, child: str) -> list[dict]:
   command = [sys.executable, '-m', 'benchmarks.peer', f'--child={child}']
   command += [f'--folder={folder}', f'--size={values.size}']
   command += [f'--repeats={values.repeats}', f'--threads={values.threads}']
-  command += [f'--batch={values.batch}']
+  command += [f'--calls={values.calls}']
+  command += [f'--batch={values.batch}', f'--remat={values.remat}']
   done = subprocess.run(
     command, cwd=ROOT, capture_output=True, text=True, check=False
   )
@@ -200,6 +205,8 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--threads', type=int, default=2)
   parser.add_argument('--batch', type=int, default=1)
+  parser.add_argument('--remat', choices=('none', 'full'), default='none')
+  parser.add_argument('--calls', default='forward,gradient,sample')
   parser.add_argument('--child', choices=tuple(CHILDREN))
   parser.add_argument('--folder')
   values = parser.parse_args(argv)
@@ -228,10 +235,11 @@ def _print_table(values, found, count) -> None:
     f'UNet of {count:,} parameters, batch {values.batch}, {side}x{side} '
     f'latents, float32, {values.threads} threads, {values.rounds} rounds of '
     f'{values.repeats}; sampling: DDIM, {SAMPLE_STEPS[values.size]} steps, '
-    'guided'
+    f'guided; remat of ours: {values.remat}'
   )
   print('seconds    torch median [min, max]    ours median [min, max]   ratio')
-  for name in ('forward', 'gradient', 'sample'):
+  names = values.calls.split(',')
+  for name in names:
     rows, medians = [], []
     for child in ('torch', 'jax'):
       times = found[name, child]['times']
@@ -240,8 +248,7 @@ def _print_table(values, found, count) -> None:
     ratio = medians[0] / medians[1]
     print(f'{name:9s} {rows[0]:>25s} {rows[1]:>25s} {ratio:7.2f}')
   compile_seconds = sum(
-    statistics.median(found[name, 'jax']['first'])
-    for name in ('forward', 'gradient', 'sample')
+    statistics.median(found[name, 'jax']['first']) for name in names
   )
   peaks = [max(found['peak', child]['first']) for child in ('torch', 'jax')]
   apart = max(found['apart', 'jax']['first'])

@@ -57,13 +57,15 @@ def make_model(
 ) -> sd_lib.StableDiffusion:
   """Modules and schedule of a pipeline folder.
 
-  A VAE whose config says force_upcast computes in float32. With
+  The VAE of an SDXL whose config says force_upcast computes in float32: half
+  precision overflows in it (diffusers' other pipelines ignore that flag). With
   `zero_terminal_snr` the training schedule is rescaled to end in pure noise
   (Lin et al., 2023, algorithm 1).
   """
   dtype = jnp.dtype(dtype)
   configs, scheduler = parts.configs, dict(parts.scheduler_config)
-  if parts.class_name == 'StableDiffusionPipeline':
+  is_sdxl = parts.class_name != 'StableDiffusionPipeline'
+  if not is_sdxl:
     # diffusers' pipeline of that name overrides its file in these two.
     scheduler |= {'steps_offset': 1, 'clip_sample': False}
   if zero_terminal_snr:
@@ -72,7 +74,10 @@ def make_model(
   return sd_lib.StableDiffusion(
     unet=unet.UNet2DConditionModel(configs['unet'], dtype=dtype, remat=remat),
     vae=vae.AutoencoderKL(
-      settings, dtype=jnp.dtype('float32') if settings.force_upcast else dtype
+      settings,
+      dtype=jnp.dtype('float32')
+      if is_sdxl and settings.force_upcast
+      else dtype,
     ),
     text_encoders={
       name: make(configs[name], dtype=dtype)

@@ -23,12 +23,15 @@ class Pictures:
   """Pictures by file name; each is written whole and then entered."""
 
   def __init__(self, folder: str | os.PathLike, settings: Mapping[str, Any]):
-    """Opens the folder or makes it.
+    """Opens the folder or makes it; `settings` are JSON types.
+
+    What stands under 'settings' in them is repeated in every line.
 
     Raises ValueError when it was made with other settings, naming them, or
     holds something else.
     """
     self.path = pathlib.Path(folder)
+    self._settings = settings.get('settings', {})
     record = json.loads(json.dumps(dict(settings)))
     place = self.path / SETTINGS
     if place.is_file():
@@ -92,7 +95,11 @@ class Pictures:
       Image.fromarray(pixels).save(buffer, 'PNG')
       data = buffer.getvalue()
       _write_whole(self.path / entry['file'], data)
-      made = {**entry, 'sha256': hashlib.sha256(data).hexdigest()}
+      made = {
+        **entry,
+        'settings': self._settings,
+        'sha256': hashlib.sha256(data).hexdigest(),
+      }
       self._entries[entry['file']] = made
       lines.append(json.dumps(made) + '\n')
     with (self.path / MANIFEST).open('a', encoding='utf-8') as file:

@@ -1,16 +1,15 @@
 """A Stable Diffusion pipeline as a folder in the diffusers layout."""
 
-import contextlib
 import dataclasses
 import pathlib
 import shutil
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dpo_jax import types
 from dpo_jax.weights import (
   diffusers_maps,
+  drafts,
   json_files,
   model_card,
   model_index,
@@ -137,15 +136,16 @@ def save(
   _check_names('changed', changed, tuple(params))
   if out.resolve() == base.resolve():
     raise ValueError(f'{out}: is the base pipeline; choose another folder')
-  with _replacing(out) as draft:
+  for name in params:
+    diffusers_maps.read_config(name, base / name)
+  with drafts.replacing(out, mark=model_index.NAME) as draft:
     shutil.copyfile(base / model_index.NAME, draft / model_index.NAME)
     for path in model_card.licence_files(base):
       shutil.copyfile(path, draft / path.name)
     for name in index.folders:
       if name in params:
         _copy_without_weights(base / name, draft / name)
-        values = diffusers_maps.load_config(draft / name)
-        _write_weights(draft / name, name, values, params[name], dtype)
+        _write_weights(draft / name, name, params[name], dtype)
       elif (base / name).is_dir():
         shutil.copytree(base / name, draft / name)
         component = diffusers_maps.COMPONENTS.get(name)
@@ -198,24 +198,14 @@ def create(
       `_class_name` of the scheduler, no tokenizer.
   """
   out = pathlib.Path(out)
-  given = {
-    name: values
-    for name, values in (
-      ('unet', unet),
-      ('vae', vae),
-      ('text_encoder', text_encoder),
-      ('text_encoder_2', text_encoder_2),
-    )
-    if values is not None
-  }
-  tokenizers = {
-    name: pathlib.Path(path)
-    for name, path in (
-      ('tokenizer', tokenizer_dir),
-      ('tokenizer_2', tokenizer_2_dir),
-    )
-    if path is not None
-  }
+  given = _present(
+    unet=unet,
+    vae=vae,
+    text_encoder=text_encoder,
+    text_encoder_2=text_encoder_2,
+  )
+  tokenizers = _present(tokenizer=tokenizer_dir, tokenizer_2=tokenizer_2_dir)
+  tokenizers = {name: pathlib.Path(path) for name, path in tokenizers.items()}
   index = model_index.make(class_name, components=tuple(given), flags=flags)
   _check_given(out, index, params, tokenizers, scheduler)
   configs = {
@@ -223,24 +213,10 @@ def create(
     for name, values in given.items()
   }
   model_index.check_parts(out, index, configs)
-  with _replacing(out) as draft:
-    for name, path in tokenizers.items():
-      shutil.copytree(path, draft / name)
-    (draft / 'scheduler').mkdir()
-    json_files.write(draft / 'scheduler' / SCHEDULER_CONFIG, scheduler)
-    for name, values in given.items():
-      (draft / name).mkdir()
-      values = {**_identity(diffusers_maps.COMPONENTS[name]), **values}
-      json_files.write(draft / name / 'config.json', values)
-      _write_weights(draft / name, name, values, params[name], dtype)
-    entries = model_index.to_json(
-      index,
-      scheduler_class=scheduler['_class_name'],
-      tokenizer_classes={
-        name: _tokenizer_class(path) for name, path in tokenizers.items()
-      },
-    )
-    json_files.write(draft / model_index.NAME, entries)
+  with drafts.replacing(out, mark=model_index.NAME) as draft:
+    _write_new(draft, index, given, tokenizers, scheduler)
+    for name in given:
+      _write_weights(draft / name, name, params[name], dtype)
     model_card.write(
       draft,
       name=out.name,
@@ -250,6 +226,36 @@ def create(
       dtype=dtype,
       notes=notes,
     )
+
+
+def _present(**values: Any) -> dict[str, Any]:
+  return {name: value for name, value in values.items() if value is not None}
+
+
+def _write_new(
+  draft: pathlib.Path,
+  index: model_index.ModelIndex,
+  configs: Mapping[str, Mapping[str, Any]],
+  tokenizers: Mapping[str, pathlib.Path],
+  scheduler: Mapping[str, Any],
+) -> None:
+  """All of a new folder but the weights and the card."""
+  for name, path in tokenizers.items():
+    shutil.copytree(path, draft / name)
+  (draft / 'scheduler').mkdir()
+  json_files.write(draft / 'scheduler' / SCHEDULER_CONFIG, scheduler)
+  for name, values in configs.items():
+    (draft / name).mkdir()
+    values = {**_identity(diffusers_maps.COMPONENTS[name]), **values}
+    json_files.write(draft / name / 'config.json', values)
+  entries = model_index.to_json(
+    index,
+    scheduler_class=scheduler['_class_name'],
+    tokenizer_classes={
+      name: _tokenizer_class(path) for name, path in tokenizers.items()
+    },
+  )
+  json_files.write(draft / model_index.NAME, entries)
 
 
 def _check_names(
@@ -318,10 +324,10 @@ def _tokenizer_class(folder: pathlib.Path) -> str:
 def _write_weights(
   folder: pathlib.Path,
   name: str,
-  values: dict[str, Any],
   params: types.Params,
   dtype: str,
 ) -> None:
+  values = diffusers_maps.load_config(folder)
   config = diffusers_maps.COMPONENTS[name].make_config(values)
   diffusers_maps.save_component(
     name, folder, config=config, params=params, dtype=dtype
@@ -351,22 +357,3 @@ def _identity(component: diffusers_maps.Component) -> dict[str, Any]:
       'model_type': 'clip_text_model',
     }
   return {'_class_name': component.class_name}
-
-
-@contextlib.contextmanager
-def _replacing(out: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A draft folder that becomes `out` when the block ends without error."""
-  is_pipeline = (out / model_index.NAME).is_file()
-  if out.exists() and not is_pipeline and (out.is_file() or any(out.iterdir())):
-    raise ValueError(
-      f'{out}: exists and is not a pipeline; choose another folder'
-    )
-  out.parent.mkdir(parents=True, exist_ok=True)
-  prefix = f'.{out.name}.'
-  with tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent) as scratch:
-    draft, old = pathlib.Path(scratch) / 'new', pathlib.Path(scratch) / 'old'
-    draft.mkdir()
-    yield draft
-    if out.exists():
-      out.rename(old)
-    draft.rename(out)

@@ -101,7 +101,7 @@ def _write_torch_unet(folder, inputs):
     return reference(x_t.permute(0, 3, 1, 2), t, embeds).sample
 
 
-# 64 x 64 latents are images of 512 x 512. About 8 GB and 4 minutes on 2 cores.
+# 64 x 64 latents are images of 512 x 512. 9.5 GB and 2 minutes on 2 cores.
 @pytest.mark.slow
 def test_full_size_sd15_unet_forward_equals_pytorch(tmp_path):
   rng = np.random.default_rng(0)

@@ -143,3 +143,13 @@ def test_the_last_timestep_of_a_rescaled_schedule_is_noise(tiny_xl_folder):
   assert float(plain.schedule.alpha_sigma(last)[0][0]) > 0.05
   alpha, sigma = made.schedule.alpha_sigma(last)
   assert float(alpha[0]) < 1e-3 and float(sigma[0]) == pytest.approx(1.0)
+
+
+def test_only_the_vae_of_sdxl_is_upcast(tiny_folder, tiny_xl_folder):
+  for folder, wanted in (
+    (tiny_folder, 'bfloat16'),
+    (tiny_xl_folder, 'float32'),
+  ):
+    model = loading.make_model(pipeline.load(folder), dtype='bfloat16')
+    assert str(model.vae.dtype) == wanted
+    assert str(model.unet.dtype) == 'bfloat16'

@@ -55,6 +55,7 @@ def test_pictures_manifest_and_resume(tiny_folder, prompts, tmp_path, capsys):
     '000002_1.png',
   ]
   assert entries['cat_0.png']['negative_prompt'] == 'dog'
+  assert entries['cat_0.png']['settings']['num_steps'] == 2
   assert entries['000002_1.png']['seed'] == 8
   first, second = _pixels(out, 'apple_0.png'), _pixels(out, 'apple_1.png')
   assert first.shape == (16, 16, 3) and first.std() > 5

@@ -322,6 +322,10 @@ def test_save_refuses_wrong_arguments(folder, params, tmp_path):
     save(folder)
   with pytest.raises(ValueError, match=r'missing: .*config.json'):
     save(params={'unet': params['vae']})
+  (folder / 'vae').rename(folder / 'moved')
+  with pytest.raises(ValueError, match=r'vae.config.json: no such file'):
+    save()
+  (folder / 'moved').rename(folder / 'vae')
   occupied = tmp_path / 'photos'
   occupied.mkdir()
   (occupied / 'cat.jpg').touch()

@@ -4,9 +4,12 @@ import inspect
 import json
 import shutil
 
+import jax
 import ldm_layout
+import numpy as np
 import pytest
 
+from dpo_jax import loading, sharding
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.diffusion import schedule as schedule_lib
 from dpo_jax.weights import (
@@ -182,6 +185,27 @@ def test_an_export_is_what_diffusers_makes_of_the_file(
     assert found.keys() == wanted.keys()
     for key, tensor in wanted.items():
       assert tensor.equal(found[key]), (name, key)
+
+
+def test_a_model_from_a_single_file_is_saved_whole(
+  file, family, tokenizer_dir, tmp_path, monkeypatch
+):
+  """Its base has no weights: what was not trained comes from the file."""
+  monkeypatch.setenv('DPO_JAX_CACHE', str(tmp_path / 'cache'))
+  folder = _make_pipeline(tmp_path / 'other', family, tokenizer_dir)
+  opened = loading.open_model(
+    str(file),
+    mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+    configs=str(folder),
+    dtype='float32',
+  )
+  trained = {'unet': jax.tree.map(lambda x: x + 1, opened.params['unet'])}
+  out = tmp_path / 'out'
+  loading.save_model(out, opened, trained, dtype='float32')
+  saved = pipeline.load(out).params
+  wanted = opened.params | trained
+  assert saved.keys() == wanted.keys()
+  jax.tree.map(np.testing.assert_array_equal, saved, wanted)
 
 
 def test_a_folder_is_copied_without_weights(files, tokenizer_dir, tmp_path):
