@@ -19,6 +19,7 @@ setuptools.setup(
   python_requires='>=3.11',
   install_requires=[
     'absl-py>=2.1',
+    'array_record>=0.8',
     'flax>=0.12.8',
     'grain>=0.2.18',
     'jax>=0.10.2',
@@ -35,6 +36,7 @@ setuptools.setup(
     'safetensors>=0.5',
     'scipy>=1.13',
     'tensorboardX>=2.6',
+    'tensorflow-datasets>=4.9.10',
     'tokenizers>=0.22',
     'transformers>=5.0',
   ],

@@ -7,7 +7,8 @@ file a component, and loads it in a fresh process each time: the UNet alone and
 all components, as NumPy arrays and straight onto the first device. Prints one
 table: bytes of the UNet's file, which is the largest; the process's peak
 resident memory in all (JAX and Python included); their ratio; seconds. On a CPU
-the device's memory is the host's. SDXL takes 14 GB of disk and 15 GB of memory.
+the device's memory is the host's. SDXL takes 21 GB of disk, as the second
+pipeline replaces the first when it is whole, and 15 GB of memory.
 """
 
 import json

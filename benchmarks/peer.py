@@ -2,6 +2,7 @@
 
   python -m benchmarks.peer [--size=reduced|sd15] [--rounds=3] [--repeats=5]
     [--threads=2] [--batch=1] [--remat=full] [--calls=forward,sample]
+    [--our_python=PYTHON with another jax]
 
 Both programs have the same random weights (written once as safetensors), the
 same inputs and the same cores. They run in processes of their own, in turn,
@@ -184,7 +185,8 @@ def _child(values) -> None:
 
 
 def _start(values, folder: str, child: str) -> list[dict]:
-  command = [sys.executable, '-m', 'benchmarks.peer', f'--child={child}']
+  python = values.our_python if child == 'jax' else sys.executable
+  command = [python, '-m', 'benchmarks.peer', f'--child={child}']
   command += [f'--folder={folder}', f'--size={values.size}']
   command += [f'--repeats={values.repeats}', f'--threads={values.threads}']
   command += [f'--calls={values.calls}']
@@ -207,6 +209,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--batch', type=int, default=1)
   parser.add_argument('--remat', choices=('none', 'full'), default='none')
   parser.add_argument('--calls', default='forward,gradient,sample')
+  parser.add_argument('--our_python', default=sys.executable)
   parser.add_argument('--child', choices=tuple(CHILDREN))
   parser.add_argument('--folder')
   values = parser.parse_args(argv)

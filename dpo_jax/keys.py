@@ -9,7 +9,8 @@ import zlib
 from collections.abc import Sequence
 
 import jax
-from jaxtyping import Array, UInt32
+import numpy as np
+from jaxtyping import Array, UInt32, UInt64
 
 from dpo_jax import types
 
@@ -23,15 +24,36 @@ def by_name(key: types.Key, names: Sequence[str]) -> dict[str, types.Key]:
 
 def per_example(
   key: types.Key,
-  ids: UInt32[Array, ' b'],
+  ids: UInt32[Array, ' b'] | UInt32[Array, 'b 2'],
   epochs: UInt32[Array, ' b'],
 ) -> types.Key:
-  """Keys [b]: `key` folded with each example's id, then its epoch."""
+  """Keys [b]: `key` folded with each example's id, then its epoch.
 
-  def fold(example_id, epoch):
-    return jax.random.fold_in(jax.random.fold_in(key, example_id), epoch)
+  Ids of 64 bits are [b, 2], as `split_ids` makes them.
+  """
 
-  return jax.vmap(fold)(ids, epochs)
+  def fold(words, epoch):
+    folded = key
+    for word in words:
+      folded = jax.random.fold_in(folded, word)
+    return jax.random.fold_in(folded, epoch)
+
+  return jax.vmap(fold)(ids.reshape((len(ids), -1)), epochs)
+
+
+def split_ids(ids: UInt64[np.ndarray, ' b']) -> UInt32[np.ndarray, 'b 2']:
+  """64-bit ids as their (high, low) words: JAX has 32-bit integers."""
+  return np.stack([ids >> np.uint64(32), ids], axis=-1).astype(np.uint32)
+
+
+def id_numbers(
+  ids: UInt32[np.ndarray, ' b'] | UInt32[np.ndarray, 'b 2'],
+) -> list[int]:
+  """The ids as whole numbers, whichever way they are stored."""
+  words = np.asarray(ids).reshape((len(ids), -1)).T.tolist()
+  if len(words) == 1:
+    return words[0]
+  return [high << 32 | low for high, low in zip(*words, strict=True)]
 
 
 def normal(keys: types.Key, shape: Sequence[int]) -> jax.Array:

@@ -67,9 +67,23 @@ class StableDiffusion:
     noise: Float[Array, 'n h w c'],
   ) -> types.Latents:
     """x_0: a posterior sample (not the mode) times the scaling factor."""
-    mean, logvar = self.vae.apply(
-      {'params': vae_params}, images, method='encode'
+    return self.sample_posterior(
+      *self.encode_posterior(vae_params, images), noise
     )
+
+  def encode_posterior(
+    self, vae_params: types.Params, images: Float[Array, 'n H W 3']
+  ) -> tuple[Float[Array, 'n h w c'], Float[Array, 'n h w c']]:
+    """The posterior's (mean, logvar), float32, not scaled."""
+    return self.vae.apply({'params': vae_params}, images, method='encode')
+
+  def sample_posterior(
+    self,
+    mean: Float[Array, 'n h w c'],
+    logvar: Float[Array, 'n h w c'],
+    noise: Float[Array, 'n h w c'],
+  ) -> types.Latents:
+    """x_0: mean + exp(logvar / 2) * noise, times the scaling factor."""
     x_0 = mean + jnp.exp(0.5 * logvar) * noise
     return (self.scaling_factor * x_0).astype(jnp.float32)
 

@@ -75,13 +75,20 @@ def resize_shorter(
   pixels: UInt8[np.ndarray, 'H W 3'], size: int
 ) -> UInt8[np.ndarray, 'h w 3']:
   """Returns the picture with its shorter side `size` pixels long (Lanczos)."""
-  height, width = pixels.shape[:2]
-  shorter = min(height, width)
-  if shorter == size:
+  h, w = resized_shape(*pixels.shape[:2], size)
+  if (h, w) == pixels.shape[:2]:
     return pixels
-  h, w = (max(size, round(side * size / shorter)) for side in (height, width))
   image = Image.fromarray(pixels)
   return np.asarray(image.resize((w, h), Image.Resampling.LANCZOS))
+
+
+def resized_shape(height: int, width: int, size: int) -> tuple[int, int]:
+  """(height, width) after `resize_shorter`."""
+  shorter = min(height, width)
+  return (
+    max(size, round(height * size / shorter)),
+    max(size, round(width * size / shorter)),
+  )
 
 
 def draw_augmentation(
@@ -118,7 +125,21 @@ def crop_flip(
   height, width = pixels.shape[:2]
   top, left = crop_place(height, width, size, augmentation)
   crop = pixels[top : top + size, left : left + size]
-  return crop[:, ::-1] if augmentation.flip else crop
+  return _mirror(crop) if augmentation.flip else crop
+
+
+def _mirror(
+  pixels: UInt8[np.ndarray, 'H W 3'],
+) -> UInt8[np.ndarray, 'H W 3']:
+  """Returns the picture with left and right exchanged.
+
+  A channel at a time, since copying a reversed picture goes three bytes at a
+  time and takes as long as decoding it.
+  """
+  mirrored = np.empty_like(pixels)
+  for channel in range(3):
+    mirrored[..., channel] = pixels[:, ::-1, channel]
+  return mirrored
 
 
 def cover(

@@ -162,9 +162,7 @@ def _make_loader(
   `finish(batch, rows)` makes the final batch.
   """
   count = len(examples)
-  _check_sizes(count, batch_size, process_index, process_count)
-  local = batch_size // process_count
-  begin = process_index * local
+  rows_of = local_rows(count, batch_size, process_index, process_count)
   store = _PictureStore(columns, resolution)
 
   def load_example(row: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -178,17 +176,10 @@ def _make_loader(
     augmentation = images_lib.draw_augmentation(
       seed, example_id, epoch, random_crop=random_crop, flip=flip
     )
-    sizes = [
-      images_lib.size_conditioning(
-        original, picture.shape[:2], resolution, augmentation
-      )
-      for original, picture in zip(originals, pictures, strict=True)
-    ]
-    images = images_lib.shared_crop_flip(pictures, resolution, augmentation)
-    return images, np.array(sizes, np.int32)
+    return augment(pictures, originals, resolution, augmentation)
 
   def load(batch: np.ndarray) -> Batch:
-    rows, epochs = batch[begin : begin + local].T
+    rows, epochs = batch[rows_of].T
     captions = [examples.captions[row] for row in rows]
     images, sizes = zip(
       *(load_example(*place) for place in zip(rows, epochs, strict=True)),
@@ -203,23 +194,54 @@ def _make_loader(
     }
     return finish(loaded, rows)
 
-  dataset = (
+  # Nothing remains of an endless sequence; else Grain overflows at size 1.
+  batches = endless_order(count, seed).batch(batch_size, drop_remainder=True)
+  return BatchIterator(batches.map(load), examples=count)
+
+
+def endless_order(
+  count: int, seed: int, *, stream: int = 0
+) -> grain.MapDataset:
+  """Elements [row, epoch]: every row once an epoch, in an order of its own.
+
+  `stream` tells apart the orders of several data sets under one seed.
+  """
+  return (
     grain.MapDataset.range(count)
-    .shuffle(seed=_shuffle_seed(seed))
+    .shuffle(seed=_shuffle_seed(seed, stream))
     .repeat()
     # Grain's own index here is the position in the endless sequence.
     .map_with_index(lambda i, row: np.array([row, i // count]))
-    # Nothing remains of an endless sequence; else Grain overflows at size 1.
-    .batch(batch_size, drop_remainder=True)
-    .map(load)
   )
-  return BatchIterator(dataset, examples=count)
 
 
-def _check_sizes(
+def augment(
+  pictures: Sequence[np.ndarray],
+  originals: Sequence[tuple[int, int]],
+  resolution: int,
+  augmentation: images_lib.Augmentation,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns images uint8 [p, H, W, 3] and their sizes int32 [p, 4].
+
+  `pictures` are resized, `originals` are their (height, width) before.
+  """
+  sizes = [
+    images_lib.size_conditioning(
+      original, picture.shape[:2], resolution, augmentation
+    )
+    for original, picture in zip(originals, pictures, strict=True)
+  ]
+  images = images_lib.shared_crop_flip(pictures, resolution, augmentation)
+  return images, np.array(sizes, np.int32)
+
+
+def local_rows(
   count: int, batch_size: int, process_index: int, process_count: int
-) -> None:
-  """Raises ValueError for numbers that make no batches."""
+) -> slice:
+  """The rows of the global batch that are this process's.
+
+  Raises ValueError for numbers that make no batches; `count` examples.
+  """
   if not count:
     raise ValueError('no examples to load')
   if batch_size < 1 or batch_size % process_count:
@@ -231,14 +253,17 @@ def _check_sizes(
     raise ValueError(
       f'process index {process_index}: must be below {process_count}'
     )
+  local = batch_size // process_count
+  return slice(process_index * local, (process_index + 1) * local)
 
 
-def _shuffle_seed(seed: int) -> int:
+def _shuffle_seed(seed: int, stream: int) -> int:
   """Returns a 32-bit seed; Grain adds the epoch to it.
 
   Hashed, for else epoch 1 of seed 0 would be epoch 0 of seed 1.
   """
-  digest = hashlib.blake2b(f'order/{seed}'.encode(), digest_size=4).digest()
+  text = f'order/{seed}/{stream}' if stream else f'order/{seed}'
+  digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
   return int.from_bytes(digest, 'big')
 
 

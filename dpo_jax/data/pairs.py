@@ -2,38 +2,18 @@
 
 import collections
 import dataclasses
-import glob
-import hashlib
-import math
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Int32, UInt32
-from pyarrow import parquet
 
-# Column -> (whether its arrow type will do, the type's name for the user).
-_REQUIRED = {
-  'caption': (pa.types.is_string, 'string'),
-  'jpg_0': (pa.types.is_binary, 'binary'),
-  'jpg_1': (pa.types.is_binary, 'binary'),
-  'label_0': (pa.types.is_floating, 'double'),
-}
-_OPTIONAL = {
-  'has_label': (pa.types.is_boolean, 'bool'),
-  'image_0_uid': (pa.types.is_string, 'string'),
-  'image_1_uid': (pa.types.is_string, 'string'),
-  'model_0': (pa.types.is_string, 'string'),
-  'model_1': (pa.types.is_string, 'string'),
-}
-_LARGE = {
-  pa.types.is_string: pa.types.is_large_string,
-  pa.types.is_binary: pa.types.is_large_binary,
-}
-Paths = str | os.PathLike | Sequence[str | os.PathLike]
+from dpo_jax.data.formats import paths as paths_lib
+from dpo_jax.data.formats import pickapic
+from dpo_jax.data.formats import rows as rows_lib
+
+Paths = paths_lib.Paths
 Examples = TypeVar('Examples', 'Pairs', 'CaptionedImages')
 
 
@@ -119,7 +99,7 @@ def read_parquet(paths: Paths) -> Pairs:
   seen = set()
   for place, row in _read_rows(paths):
     tally['rows'] += 1
-    label = _read_label(place, row)
+    label = pickapic.read_label(place, row)
     if label is None:
       tally['unlabelled'] += 1
     elif label == 0.5:
@@ -128,7 +108,7 @@ def read_parquet(paths: Paths) -> Pairs:
       tally['identical'] += 1
     else:
       sides = (0, 1) if label == 1 else (1, 0)
-      uids = [_image_uid(row, side) for side in (0, 1)]
+      uids = [pickapic.image_uid(row, side) for side in (0, 1)]
       pair_id = _hash_id('pair', row['caption'], *uids)
       tally['kept'] += 1
       tally['repeated'] += pair_id in seen
@@ -159,10 +139,10 @@ def read_images(paths: Paths) -> CaptionedImages:
   """
   captions, images, styles, ids = [], [], [], {}
   for place, row in _read_rows(paths):
-    _read_label(place, row)
+    pickapic.read_label(place, row)
     for side in (0, 1):
       # The full text, since 32 bits would merge images of large data sets.
-      key = (row['caption'], _image_uid(row, side))
+      key = (row['caption'], pickapic.image_uid(row, side))
       if key in ids:
         continue
       ids[key] = _hash_id('image', *key)
@@ -192,7 +172,10 @@ def split_by_caption(
   """
   if not 0 <= holdout < 1:
     raise ValueError(f'holdout {holdout}: must be at least 0 and below 1')
-  held = {c: _hash(8, 'split', c) < holdout * 2**64 for c in examples.captions}
+  held = {
+    c: rows_lib.hash_texts(8, 'split', c) < holdout * 2**64
+    for c in examples.captions
+  }
   sides = [
     [i for i, c in enumerate(examples.captions) if held[c] == side]
     for side in (False, True)
@@ -207,107 +190,27 @@ def split_by_caption(
 
 
 def _read_rows(paths: Paths) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Yields ('file, row i', row) for every row, one row group in memory."""
-  for path in find_files(paths):
-    try:
-      with parquet.ParquetFile(path) as file:
-        names = _check_schema(path, file.schema_arrow)
-        start = 0
-        for group in range(file.num_row_groups):
-          rows = file.read_row_group(group, columns=names).to_pylist()
-          for i, row in enumerate(rows, start):
-            place = f'{path}, row {i}'
-            _check_row(place, row)
-            yield place, {**dict.fromkeys(_OPTIONAL), **row}
-          start += len(rows)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-      reason = ' '.join(str(error).split())
-      raise ValueError(
-        f'{path}: not a readable parquet file: {reason}'
-      ) from error
-
-
-def find_files(paths: Paths) -> list[str]:
-  """Returns the parquet files that files, folders or globs name, once each.
-
-  Raises ValueError for a path that names none.
-  """
-  single = isinstance(paths, str | os.PathLike)
-  files = []
-  for entry in [paths] if single else paths:
-    path = pathlib.Path(entry)
-    if path.is_file():
-      found = [path]
-    elif path.is_dir():
-      found = sorted(path.rglob('*.parquet'))
-    else:
-      found = sorted(pathlib.Path(p) for p in glob.glob(str(entry)))
-    if not found:
-      raise ValueError(
-        f'{entry}: no parquet file there; name a file, a folder or a glob'
-      )
-    files += [str(p) for p in found]
-  if not files:
-    raise ValueError('no parquet file named')
-  return list(dict.fromkeys(files))
-
-
-def _check_schema(path: str, schema: pa.Schema) -> list[str]:
-  """Returns the columns to read; raises ValueError naming all wrong ones."""
-  problems = []
-  missing = [name for name in _REQUIRED if name not in schema.names]
-  if missing:
-    problems.append(f'missing columns {", ".join(missing)}')
-  present = [n for n in (*_REQUIRED, *_OPTIONAL) if n in schema.names]
-  for name in present:
-    kind = schema.field(name).type
-    right, wanted = (_REQUIRED | _OPTIONAL)[name]
-    large = _LARGE.get(right, right)
-    if not (right(kind) or large(kind)):
-      problems.append(f'column {name} is {kind}, not {wanted}')
-  if problems:
-    raise ValueError(
-      f'{path}: {"; ".join(problems)}; pairs come in the columns of Pick-a-Pic'
-    )
-  return present
+  """Yields ('file, row i', row) for every row, a few in memory."""
+  for path in paths_lib.find_files(paths):
+    for i, row in pickapic.iterate(path):
+      place = f'{path}, row {i}'
+      _check_row(place, row)
+      try:
+        yield place, row | {'caption': row['caption'].decode()}
+      except UnicodeDecodeError as error:
+        raise ValueError(f'{place}: caption is no UTF-8: {error}') from error
 
 
 def _check_row(place: str, row: dict[str, Any]) -> None:
   """Raises ValueError for a row without caption or images."""
   for name in ('caption', 'jpg_0', 'jpg_1'):
-    if row[name] is None or row[name] == b'':
+    if row[name] is None or (name != 'caption' and not row[name]):
       raise ValueError(f'{place}: {name} is empty; remove or complete the row')
-
-
-def _read_label(place: str, row: dict[str, Any]) -> float | None:
-  """Returns 1, 0 or 0.5, None if unlabelled; ValueError for anything else."""
-  label = row['label_0']
-  if row['has_label'] is False or (label is not None and math.isnan(label)):
-    return None
-  if label not in (0.0, 0.5, 1.0):
-    given = 'null' if label is None else label
-    raise ValueError(
-      f'{place}: label_0 is {given}; must be 1 (image 0 won), 0 (image 1 won), '
-      '0.5 (tie) or NaN (no label)'
-    )
-  return label
-
-
-def _image_uid(row: dict[str, Any], side: int) -> str:
-  """Returns the image's uid, or a hash of its bytes where there is none."""
-  uid = row[f'image_{side}_uid']
-  return uid or hashlib.blake2b(row[f'jpg_{side}'], digest_size=16).hexdigest()
-
-
-def _hash(size: int, *parts: str) -> int:
-  """Returns a number of `size` bytes from texts, equal on every machine."""
-  text = '\0'.join(parts).encode('utf-8', 'surrogatepass')
-  return int.from_bytes(hashlib.blake2b(text, digest_size=size).digest(), 'big')
 
 
 def _hash_id(*parts: str) -> int:
   """Returns a 32-bit example id."""
-  return _hash(4, *parts)
+  return rows_lib.hash_texts(4, *parts)
 
 
 def _describe(paths: Paths) -> str:

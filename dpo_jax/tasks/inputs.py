@@ -2,7 +2,9 @@
 
 Examples are [b p ...] with p images of one caption: 2 for pairs, 1 else. The
 noise, the timestep and the dropping of the caption are drawn once an example
-and shared by its images; the VAE's posterior is sampled for each image.
+and shared by its images; the VAE's posterior is sampled for each image. The
+posterior and the text states are computed from pixels and tokens, or come with
+the batch where a cache was made of them.
 """
 
 import dataclasses
@@ -21,6 +23,7 @@ from dpo_jax.objectives import errors
 
 DRAWS = ('eps', 't', 'posterior', 'dropout')
 DROPPED_PROMPTS = ('empty', 'zeros')
+POSTERIORS = ('sample', 'mean')
 MICRO_CONDS = ('constant', 'true_size')
 
 
@@ -36,6 +39,9 @@ class Inputs:
     micro_cond: 'constant' (size and target are the resolution, no crop) or
       'true_size' (each image's own size and crop).
     timesteps: the timesteps to draw from, each as likely; None is all.
+    posterior: latents are a 'sample' of the VAE's posterior or its 'mean'.
+    empty_cond: text states of the empty prompt, `prompt_embeds` [s d] and
+      for SDXL `pooled_embeds` [e]: for batches from a cache, None for others.
   """
 
   model: sd_lib.StableDiffusion
@@ -45,6 +51,15 @@ class Inputs:
   dropped_prompt: str = 'empty'
   micro_cond: str = 'constant'
   timesteps: Int[np.ndarray, ' m'] | None = None
+  posterior: str = 'sample'
+  empty_cond: Mapping[str, np.ndarray] | None = None
+
+  @property
+  def networks(self) -> tuple[str, ...]:
+    """The components that `make` computes with."""
+    if self.empty_cond is not None:
+      return ()
+    return ('vae', *self.model.text_encoders)
 
   def make(
     self,
@@ -56,15 +71,20 @@ class Inputs:
   ) -> dict[str, types.PyTree]:
     """x_t, target [b p h w c], t [b], cond (micro_cond [b p m], rest [b ...]).
 
-    params: 'vae' and the text encoders. batch: `images` uint8 [b p H W 3],
-    `sizes` [b p 4], `input_ids` [b k s], `id` and `epoch` [b].
+    params: those of `networks`. batch: `sizes` [b p 4], `id` [b] or [b 2],
+    `epoch` [b], and `images` uint8 [b p H W 3] and `input_ids` [b k s], or
+    from a cache the posterior's `moments` [b p h w 2c] (mean, logvar),
+    `prompt_embeds` [b s d] and for SDXL `pooled_embeds` [b e].
+
+    Raises ValueError for a batch of the other kind than `empty_cond` says.
     """
+    self._check_kind(batch)
     model = self.model
     draws = {
       name: keys_lib.per_example(named, batch['id'], batch['epoch'])
       for name, named in keys_lib.by_name(key, DRAWS).items()
     }
-    x_0 = self._latents(params, batch['images'], draws['posterior'])
+    x_0 = self._latents(params, batch, draws['posterior'])
     eps = keys_lib.normal(draws['eps'], x_0.shape[2:])[:, None]
     t = self._draw_timesteps(draws['t'])
     alpha_t, sigma_t = (
@@ -80,12 +100,12 @@ class Inputs:
     )
     rate = self.prompt_dropout if prompt_dropout is None else prompt_dropout
     dropped = keys_lib.uniform(draws['dropout']) < rate
-    cond = self._encode(params, batch['input_ids'], dropped)
+    cond = self._encode(params, batch, dropped)
     return {
       'x_t': alpha_t * x_0 + sigma_t * eps,
       'target': jnp.broadcast_to(target, x_0.shape),
       't': t,
-      'cond': cond | self._micro_cond(batch),
+      'cond': cond | self._micro_cond(batch, x_0.shape[:2]),
     }
 
   def err(
@@ -111,17 +131,37 @@ class Inputs:
     )
     return errors.mean_squared(output.reshape(x_t.shape), inputs['target'])
 
-  def _latents(self, params, images, keys):
-    images = sd_lib.to_float(images)
-    b, p = images.shape[:2]
+  def _check_kind(self, batch):
+    cached = self.empty_cond is not None
+    wanted = ('moments', 'prompt_embeds') if cached else ('images', 'input_ids')
+    missing = [name for name in wanted if name not in batch]
+    if missing:
+      raise ValueError(
+        f'batch without {" and ".join(missing)}: '
+        + (
+          'empty_cond is given, so latents and text states must come with it'
+          if cached
+          else 'give empty_cond to train from cached latents and text states'
+        )
+      )
+
+  def _latents(self, params, batch, keys):
+    stored = batch['images' if self.empty_cond is None else 'moments']
+    b, p = stored.shape[:2]
+    flat = stored.reshape((b * p, *stored.shape[2:]))
     latent_shape = self.model.latent_shape(self.resolution)
-    noise = keys_lib.normal(keys, (p, *latent_shape))
-    x_0 = self.model.encode_images(
-      params['vae'],
-      images.reshape((b * p, *images.shape[2:])),
-      noise.reshape((b * p, *latent_shape)),
-    )
-    return x_0.reshape(noise.shape)
+    if self.empty_cond is None:
+      mean, logvar = self.model.encode_posterior(
+        params['vae'], sd_lib.to_float(flat)
+      )
+    else:
+      mean, logvar = jnp.split(flat.astype(jnp.float32), 2, axis=-1)
+    noise = jnp.zeros_like(mean)
+    if self.posterior == 'sample':
+      drawn = keys_lib.normal(keys, (p, *latent_shape))
+      noise = drawn.reshape((b * p, *latent_shape))
+    x_0 = self.model.sample_posterior(mean, logvar, noise)
+    return x_0.reshape((b, p, *latent_shape))
 
   def _draw_timesteps(self, keys):
     if self.timesteps is None:
@@ -129,20 +169,24 @@ class Inputs:
     chosen = keys_lib.randint(keys, 0, len(self.timesteps))
     return jnp.asarray(self.timesteps, jnp.int32)[chosen]
 
-  def _encode(self, params, input_ids, dropped: Bool[Array, ' b']):
+  def _encode(self, params, batch, dropped: Bool[Array, ' b']):
+    if self.empty_cond is not None:
+      cond = {name: batch[name].astype(jnp.float32) for name in self.empty_cond}
+      if self.dropped_prompt == 'zeros':
+        return _replace(dropped, jax.tree.map(jnp.zeros_like, cond), cond)
+      empty = {
+        name: jnp.asarray(value, jnp.float32)
+        for name, value in self.empty_cond.items()
+      }
+      return _replace(dropped, empty, cond)
     if self.dropped_prompt == 'zeros':
-      cond = self.model.encode_text(params, input_ids)
-
-      def zero(value):
-        mask = dropped.reshape((-1,) + (1,) * (value.ndim - 1))
-        return jnp.where(mask, 0.0, value)
-
-      return jax.tree.map(zero, cond)
-    ids = jnp.where(dropped[:, None, None], self.empty_ids, input_ids)
+      cond = self.model.encode_text(params, batch['input_ids'])
+      return _replace(dropped, jax.tree.map(jnp.zeros_like, cond), cond)
+    ids = jnp.where(dropped[:, None, None], self.empty_ids, batch['input_ids'])
     return self.model.encode_text(params, ids)
 
-  def _micro_cond(self, batch):
-    b, p = batch['images'].shape[:2]
+  def _micro_cond(self, batch, shape):
+    b, p = shape
     side = (self.resolution, self.resolution)
     if self.micro_cond == 'true_size':
       sizes = batch['sizes'].reshape((b * p, 4))
@@ -153,6 +197,15 @@ class Inputs:
       name: value.reshape((b, p, value.shape[-1]))
       for name, value in added.items()
     }
+
+
+def _replace(dropped, by, cond):
+  """`cond` [b ...], where `dropped` [b] the values of `by` instead."""
+
+  def choose(new, old):
+    return jnp.where(dropped.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
+
+  return jax.tree.map(choose, by, cond)
 
 
 def choose_timesteps(

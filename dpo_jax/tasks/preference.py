@@ -19,11 +19,12 @@ def make_task(
 ) -> task_lib.Task:
   """Trains the UNet on pairs against a frozen copy of itself.
 
-  params: 'unet', 'vae' and the text encoders; the UNet is the reference, and
-  a copy of it (train.state.init_state makes it) starts the policy. `objective`
-  is
+  params: 'unet' and `inputs.networks` (the VAE and the text encoders, or none
+  where training is from a cache); the UNet is the reference, and a copy of it
+  (train.state.init_state makes it) starts the policy. `objective` is
   (policy [b 2], ref [b 2]) -> (loss [b], metrics). `reward_beta` scales the
-  logged implicit rewards.
+  logged implicit rewards. The batch's `substituted` [b], 1 for an example that
+  stands in for a damaged one, is logged.
 
   Wallace et al., CVPR 2024, section 4 and eq. 14.
   """
@@ -39,6 +40,8 @@ def make_task(
       made['t'],
       num_steps=inputs.model.schedule.num_steps,
     )
+    if 'substituted' in batch:
+      metrics = metrics | {'data/substituted': batch['substituted']}
     return value, shared | binned | metrics
 
   def evaluate(params, frozen, batch, key):
@@ -48,8 +51,7 @@ def make_task(
     params={'unet': params['unet']},
     frozen={
       'ref': params['unet'],
-      'vae': params['vae'],
-      **{name: params[name] for name in inputs.model.text_encoders},
+      **{name: params[name] for name in inputs.networks},
     },
     loss=loss,
     evaluators={'pairs': evaluate},

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import optax
 
+from dpo_jax import keys as keys_lib
 from dpo_jax import sharding, types
 from dpo_jax import task as task_lib
 from dpo_jax.train import checkpoint as checkpoint_lib
@@ -78,7 +79,7 @@ def _check_finite(
   ]
   if not names:
     return
-  ids = [int(value) for value in batch['id']]
+  ids = keys_lib.id_numbers(batch['id'])
   path = workdir / f'nonfinite_step_{step}.json'
   record = {
     'step': step,

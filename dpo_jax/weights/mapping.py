@@ -7,6 +7,7 @@ does. Every tensor is read once and every leaf written once.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -19,6 +20,8 @@ from flax import traverse_util
 from dpo_jax import types
 from dpo_jax.weights import safetensors_io
 
+# Bytes; what XLA asks of memory on a CPU.
+ALIGNMENT = 64
 # How many of a kind of problem an error line shows.
 SHOWN = 5
 
@@ -216,11 +219,20 @@ def _read_part(
   for part, axis in zip(index, order, strict=True):
     file_index[axis] = part
   tensor = tensors.read(name, tuple(file_index)).transpose(order)
+  part = _aligned(tensor.shape, dtype)
   with np.errstate(over='ignore'):  # Infinities are refused just below.
-    part = np.asarray(tensor, dtype=dtype, order='C')
+    part[...] = tensor
   if ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(tensor.dtype).max:
     safetensors_io.check_finite(f'{source} as {dtype}', name, part)
   return part
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """An array that JAX takes over on a CPU, where it would copy another."""
+  size = math.prod(shape) * dtype.itemsize
+  memory = np.empty(size + ALIGNMENT, np.uint8)
+  begin = -memory.ctypes.data % ALIGNMENT
+  return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 def _put(

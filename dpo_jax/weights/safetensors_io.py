@@ -45,7 +45,7 @@ HINT = (
 )
 # The library maps files into memory and what was read stays resident until
 # the file is closed; so it is closed and opened again after this many bytes.
-WINDOW = 64 * 2**20
+WINDOW = 32 * 2**20
 
 Index = tuple[slice, ...]
 

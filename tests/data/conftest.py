@@ -1,6 +1,8 @@
 """Small parquet files in Pick-a-Pic's columns, and a tokenizer."""
 
+import hashlib
 import io
+import json
 import pathlib
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from dpo_jax.data import records
 from dpo_jax.data import tokenizer as tokenizer_lib
 
 EMOJI = pathlib.Path(__file__).parents[2] / 'examples' / 'emoji'
@@ -85,3 +88,65 @@ def row():
 @pytest.fixture
 def png():
   return encode
+
+
+def make_record(i, *, size=8, **changes):
+  """Record i of 'pairs': two filled pictures, image 0 wins where i is even."""
+  record = {
+    'id': i + 1,
+    'caption': f'caption {i // 2}'.encode(),
+    'caption_id': i // 2 + 1,
+    'source': f'made.parquet:{i}'.encode(),
+    'image_0': encode(np.full((size, size, 3), 2 * i % 256)),
+    'image_1': encode(np.full((size, size, 3), (2 * i + 1) % 256)),
+    'sizes': np.array([[size, size, 0, 0]] * 2, np.int32),
+    'generator_0': b'x',
+    'generator_1': b'y',
+    'label': float(i % 2 == 0),
+  }
+  return record | changes
+
+
+def write_prepared(
+  folder, rows, *, kind='pairs', lengths=None, split='train', **shapes
+):
+  """Writes a prepared folder of records; `lengths` of the shards add up.
+
+  `shapes` go to `records.features`: cache=, scores=.
+  """
+  rows = list(rows)
+  lengths = [len(rows)] if lengths is None else list(lengths)
+  assert sum(lengths) == len(rows)
+  features = records.features(kind, **shapes)
+  data = folder / kind / '1.0.0'
+  data.mkdir(parents=True, exist_ok=True)
+  left = iter(rows)
+  sums = {}
+  for i, length in enumerate(lengths):
+    name = f'{kind}-{split}.array_record-{i:05d}-of-{len(lengths):05d}'
+    with records.ShardWriter(data / name, features) as writer:
+      for _ in range(length):
+        writer.write(next(left))
+    written = (data / name).read_bytes()
+    sums[f'{kind}/1.0.0/{name}'] = {
+      'bytes': len(written),
+      'sha256': hashlib.sha256(written).hexdigest(),
+    }
+  records.write_metadata(folder, kind, features, {split: lengths})
+  (folder / 'checksums.json').write_text(json.dumps(sums))
+  return folder
+
+
+@pytest.fixture
+def prepared(tmp_path):
+  """prepared(rows, name='prepared', **options) -> folder."""
+
+  def run(rows, name='prepared', **options):
+    return write_prepared(tmp_path / name, rows, **options)
+
+  return run
+
+
+@pytest.fixture
+def record():
+  return make_record

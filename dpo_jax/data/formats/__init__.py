@@ -1,0 +1,1 @@
+"""Readers of the formats that preference data come in."""

@@ -1,0 +1,496 @@
+"""python -m dpo_jax.tools.prepare: a faithful Pick-a-Pic file, and errors."""
+
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pickapic_file
+import pytest
+
+from dpo_jax.data import images, records
+from dpo_jax.tools import arguments, prepare
+
+TOKENIZER = (
+  pathlib.Path(__file__).parents[2]
+  / 'examples'
+  / 'emoji'
+  / 'architecture'
+  / 'tokenizer'
+)
+
+
+def run(source, out, *flags, layout='pickapic'):
+  prepare.main(
+    [f'--source={source}', f'--out={out}', f'--format={layout}', *flags]
+  )
+
+
+def contents(folder):
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in sorted(folder.rglob('*'))
+    if path.is_file()
+  }
+
+
+@pytest.fixture(scope='module')
+def faithful(tmp_path_factory):
+  """(rows, source, prepared folder) of the faithful file in 4 shards."""
+  folder = tmp_path_factory.mktemp('faithful')
+  rows = pickapic_file.rows()
+  source = pickapic_file.write(folder / 'pickapic.parquet', rows)
+  run(source, folder / 'out', '--shards=4', f'--tokenizer={TOKENIZER}')
+  return rows, source, folder / 'out'
+
+
+def test_every_count_of_the_faithful_file(faithful):
+  _, _, out = faithful
+  report = json.loads((out / 'build_report.json').read_text())
+  assert report['counts'] == pickapic_file.COUNTS
+  assert report['unreadable_images'] == pickapic_file.REASONS
+  text = (out / 'build_report.txt').read_text()
+  assert '          32  rows read\n' in text
+  assert '               2  too many pixels\n' in text
+  assert sorted(p.name for p in out.iterdir()) == [
+    'build_report.json',
+    'build_report.txt',
+    'checksums.json',
+    'pairs',
+  ]
+
+
+def test_every_record_is_its_row(faithful):
+  rows, _, out = faithful
+  got = list(records.open_folder(out))
+  assert len(got) == pickapic_file.COUNTS['kept']
+  seen = {}
+  for record in got:
+    name, number = record['source'].decode().rsplit(':', 1)
+    assert name == 'pickapic.parquet'
+    row = seen[int(number)] = rows[int(number)]
+    # The bytes stay as they came.
+    assert record['image_0'] == row['jpg_0']
+    assert record['image_1'] == row['jpg_1']
+    assert record['label'] == row['label_0']
+    assert record['generator_0'] == (row['model_0'] or '').encode()
+    assert record['generator_1'] == row['model_1'].encode()
+    for side in (0, 1):
+      shape = images.decode(record[f'image_{side}']).shape[:2]
+      assert record['sizes'][side].tolist() == [*shape, 0, 0]
+  assert list(seen) == sorted(seen)
+  by_row = {int(r['source'].decode().rsplit(':')[-1]): r for r in got}
+  for number, sizes in pickapic_file.SIZES.items():
+    assert by_row[number]['sizes'][:, :2].tolist() == [list(s) for s in sizes]
+  for number in (22, 23, 24, 26, 31):
+    assert by_row[number]['caption'] == rows[number]['caption'].encode()
+  repaired = by_row[28]['caption'].decode()
+  assert repaired.startswith('lone \ufffd')
+  assert repaired.endswith(' surrogate')
+  for number in (0, 14, 15):
+    assert by_row[number]['caption_id'] == by_row[0]['caption_id']
+  assert len({int(record['id']) for record in got}) == len(got)
+
+
+def test_checksums_are_those_of_the_shards(faithful):
+  _, _, out = faithful
+  sums = json.loads((out / 'checksums.json').read_text())
+  shards = records.open_folder(out).shards
+  assert len(shards) == 4
+  assert list(sums) == [f'pairs/1.0.0/{shard.name}' for shard in shards]
+  for name, entry in sums.items():
+    data = (out / name).read_bytes()
+    assert entry == {
+      'bytes': len(data),
+      'sha256': hashlib.sha256(data).hexdigest(),
+    }
+
+
+def test_the_same_command_makes_the_same_bytes(faithful, tmp_path):
+  _, source, out = faithful
+  flags = ['--shards=4', f'--tokenizer={TOKENIZER}', '--threads=1']
+  run(source, tmp_path / 'again', *flags)
+  assert contents(tmp_path / 'again') == contents(out)
+
+
+def test_shards_hold_the_same_records_in_any_number(faithful, tmp_path):
+  _, source, out = faithful
+  run(source, tmp_path / 'one')
+  one, four = records.open_folder(tmp_path / 'one'), records.open_folder(out)
+  assert [r['id'] for r in one] == [r['id'] for r in four]
+  report = json.loads((tmp_path / 'one' / 'build_report.json').read_text())
+  # Without a tokenizer nobody knows.
+  assert 'over_token_limit' not in report['counts']
+  text = (tmp_path / 'one' / 'build_report.txt').read_text()
+  assert 'Long captions were not counted' in text
+
+
+def test_size_scales_what_is_larger(faithful, tmp_path):
+  rows, source, _ = faithful
+  run(source, tmp_path / 'out', '--size=300', '--split=small')
+  got = {
+    int(r['source'].decode().rsplit(':')[-1]): r
+    for r in records.open_folder(tmp_path / 'out', split='small')
+  }
+  assert images.decode(got[1]['image_0']).shape == (450, 300, 3)
+  assert got[1]['image_0'][:2] == b'\xff\xd8'
+  # The size before stays known.
+  assert got[1]['sizes'].tolist() == [[768, 512, 0, 0], [512, 768, 0, 0]]
+  assert images.decode(got[27]['image_0']).shape == (300, 511, 3)
+  assert got[7]['image_0'] == rows[7]['jpg_0']
+  whole = images.resize_shorter(images.decode(rows[1]['jpg_0']), 300)
+  error = np.abs(whole.astype(int) - images.decode(got[1]['image_0']))
+  assert error.mean() < 2
+
+
+def test_limit_takes_the_first_rows(faithful, tmp_path):
+  _, source, _ = faithful
+  run(source, tmp_path / 'out', '--limit=3', '--shards=2')
+  report = json.loads((tmp_path / 'out' / 'build_report.json').read_text())
+  assert report['counts']['rows'] == 3
+  assert report['counts']['kept'] == 2
+
+
+def test_folders_and_globs_and_splits(tmp_path):
+  data = tmp_path / 'src' / 'data'
+  data.mkdir(parents=True)
+  for i, name in enumerate(
+    ['train-00000-of-00002', 'train-00001-of-00002', 'test-00000-of-00001']
+  ):
+    row = pickapic_file.make_row(i)
+    pickapic_file.write(data / f'{name}-abc.parquet', [row])
+  run(tmp_path / 'src', tmp_path / 'a')
+  got = records.open_folder(tmp_path / 'a')
+  assert [r['source'] for r in got] == [
+    b'data/train-00000-of-00002-abc.parquet:0',
+    b'data/train-00001-of-00002-abc.parquet:0',
+  ]
+  run(tmp_path / 'src', tmp_path / 'b', '--split=test')
+  got = records.open_folder(tmp_path / 'b', split='test')
+  assert [r['source'] for r in got] == [
+    b'data/test-00000-of-00001-abc.parquet:0'
+  ]
+  run(str(data / '*-00000-*'), tmp_path / 'c', '--split=train')
+  got = records.open_folder(tmp_path / 'c')
+  assert [r['source'] for r in got] == [b'train-00000-of-00002-abc.parquet:0']
+  with pytest.raises(ValueError, match='of the splits test, train; give one'):
+    run(tmp_path / 'src', tmp_path / 'd', '--split=val')
+
+
+def error_of(capsys, *flags):
+  code = arguments.run(prepare.main, flags)
+  text = capsys.readouterr().err
+  assert code == 2
+  lines = [line for line in text.splitlines() if line.startswith('error:')]
+  assert text.splitlines()[-1] == lines[0]
+  assert len(lines) == 1
+  return lines[0]
+
+
+def test_errors_are_one_line_and_exit_code_2(faithful, tmp_path, capsys):
+  _, source, out = faithful
+  base = [f'--source={source}', '--format=pickapic']
+  new = f'--out={tmp_path / "new"}'
+  text = error_of(capsys, *base, f'--out={out}')
+  assert 'is there already; name another folder or remove it' in text
+  text = error_of(capsys, *base, f'--out={source}/x')
+  assert 'is no folder' in text
+  text = error_of(capsys, *base, new, '--split=../x')
+  assert '--split=../x: must be small letters' in text
+  text = error_of(capsys, *base, new, '--shards=99')
+  assert '--shards=99: there are only 32 rows' in text
+  text = error_of(capsys, *base, new, '--revision=main')
+  assert 'is no hub id' in text
+  text = error_of(capsys, *base, new, '--sizes=3')
+  assert 'did you mean --size?' in text
+  text = error_of(capsys, '--source=a b/*.parquet', *base[1:], new)
+  assert 'no parquet file there' in text
+  text = error_of(capsys, *base, new, '--tokenizer=/nowhere')
+  assert 'no CLIP tokenizer there' in text
+  assert not (tmp_path / 'new.incomplete').exists()
+
+
+def test_bad_labels_are_found_before_a_shard_is_written(tmp_path, capsys):
+  rows = [pickapic_file.make_row(i) for i in range(8)]
+  rows[6] |= {'label_0': None}
+  source = pickapic_file.write(tmp_path / 'a.parquet', rows)
+  text = error_of(
+    capsys, f'--source={source}', f'--out={tmp_path / "o"}', '--format=pickapic'
+  )
+  assert 'a.parquet, row 6: label_0 is null; must be 1' in text
+  assert not list(tmp_path.glob('o*'))
+
+
+def test_nothing_to_keep_is_an_error(tmp_path, capsys):
+  source = pickapic_file.write(
+    tmp_path / 'a.parquet', [pickapic_file.make_row(0, 0.5)]
+  )
+  text = error_of(
+    capsys, f'--source={source}', f'--out={tmp_path / "o"}', '--format=pickapic'
+  )
+  assert 'nothing is left to train on: 1 pairs (1 ties)' in text
+  assert not (tmp_path / 'o').exists()
+
+
+def test_a_resume_with_other_settings_is_refused(faithful, tmp_path, capsys):
+  _, source, out = faithful
+  base = [f'--source={source}', '--format=pickapic']
+  incomplete = tmp_path / 'o.incomplete'
+  flags = [*base, f'--out={tmp_path / "o"}', '--shards=4']
+  settings = json.loads((out / 'build_report.json').read_text())['settings']
+  stat = os.stat(source)
+  settings['files'][0]['modified_ns'] = stat.st_mtime_ns
+  settings['token_limit'] = None
+  (incomplete / 'state').mkdir(parents=True)
+  path = incomplete / 'state' / 'settings.json'
+  for key, value in (('shards', 5), ('size', 64), ('split', 'test')):
+    path.write_text(json.dumps(settings | {key: value}))
+    text = error_of(capsys, *flags)
+    assert f'was begun with another {key}' in text
+    assert 'continue with the same command' in text
+  changed = [settings['files'][0] | {'modified_ns': 1}]
+  path.write_text(json.dumps(settings | {'files': changed}))
+  assert 'was begun with another files' in error_of(capsys, *flags)
+  path.write_text(json.dumps(settings))
+  prepare.main(flags)
+  assert len(records.open_folder(tmp_path / 'o')) == 20
+
+
+def test_a_foreign_folder_of_that_name_is_left_alone(faithful, tmp_path):
+  _, source, _ = faithful
+  foreign = tmp_path / 'o.incomplete'
+  foreign.mkdir()
+  (foreign / 'thesis.txt').write_text('x')
+  with pytest.raises(ValueError, match='no build that could be continued'):
+    run(source, tmp_path / 'o')
+  assert contents(foreign) == {'thesis.txt': b'x'}
+
+
+def test_no_network_says_what_to_do(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  hub = pytest.importorskip('huggingface_hub')
+
+  def refuse(*args, **options):
+    raise ConnectionError('no route\nto host')
+
+  monkeypatch.setattr(hub.HfApi, 'dataset_info', refuse)
+  text = error_of(
+    capsys, '--source=org/pickapic', '--out=o', '--format=pickapic'
+  )
+  assert 'no such file or folder here' in text
+  assert 'the hub gave nothing (ConnectionError: no route to host)' in text
+  assert 'hf download org/pickapic --repo-type dataset' in text
+  text = error_of(capsys, '--source=org/data', '--out=o', '--format=jsonl')
+  assert 'only pickapic is read by a hub id' in text
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+  text = error_of(
+    capsys, '--source=org/pickapic', '--out=o', '--format=pickapic'
+  )
+  assert "pip install 'dpo_jax[hub]'" in text
+
+
+def test_a_hub_id_is_fetched_by_split(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  hub = pytest.importorskip('huggingface_hub')
+  snapshot = tmp_path / 'cache' / 'abc'
+  (snapshot / 'data').mkdir(parents=True)
+  names = [
+    'data/test-00000-of-00001.parquet',
+    'data/train-00000-of-00001.parquet',
+    'README.md',
+  ]
+  for i, name in enumerate(names[:2]):
+    pickapic_file.write(snapshot / name, [pickapic_file.make_row(i)])
+  asked = {}
+
+  class Info:
+    sha = 'abc'
+
+  def download(name, **options):
+    asked.update(options, name=name)
+    return str(snapshot)
+
+  monkeypatch.setattr(hub.HfApi, 'dataset_info', lambda *a, **k: Info())
+  monkeypatch.setattr(hub.HfApi, 'list_repo_files', lambda *a, **k: names)
+  monkeypatch.setattr(hub, 'snapshot_download', download)
+  run('org/pickapic', tmp_path / 'o', '--revision=v2')
+  assert asked == {
+    'name': 'org/pickapic',
+    'repo_type': 'dataset',
+    'revision': 'abc',
+    'allow_patterns': ['data/train-00000-of-00001.parquet'],
+  }
+  got = records.open_folder(tmp_path / 'o')
+  names = [record['source'] for record in got]
+  assert names == [b'data/train-00000-of-00001.parquet:0']
+
+
+def test_the_module_runs_without_tensorflow(tmp_path):
+  pickapic_file.write(tmp_path / 'a.parquet', [pickapic_file.make_row(0)])
+  program = (
+    'import sys; from dpo_jax.tools import prepare; prepare.main(sys.argv[1:])'
+    "; assert not {'tensorflow', 'torch'} & set(sys.modules)"
+  )
+  subprocess.run(
+    [
+      sys.executable,
+      '-c',
+      program,
+      f'--source={tmp_path / "a.parquet"}',
+      f'--out={tmp_path / "o"}',
+      '--format=pickapic',
+    ],
+    check=True,
+    env=os.environ | {'PYTHONPATH': os.getcwd()},
+  )
+  assert (tmp_path / 'o' / 'checksums.json').exists()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+  """A folder with 0.png ... 3.png."""
+  folder = tmp_path / 'pictures'
+  folder.mkdir()
+  for i in range(4):
+    data = pickapic_file.encode(pickapic_file.picture(i, 8, 6), 'PNG')
+    (folder / f'{i}.png').write_bytes(data)
+  return folder
+
+
+def report_of(out):
+  counts = json.loads((out / 'build_report.json').read_text())['counts']
+  return {name: count for name, count in counts.items() if count}
+
+
+def test_a_folder_of_pairs(pictures, tmp_path):
+  rows = [
+    {'caption': 'a', 'winner': '0.png', 'loser': '1.png'},
+    {'caption': 'b', 'winner': '2.png', 'loser': 'gone.png'},
+    {'caption': 'c', 'winner': '3.png', 'loser': '3.png'},
+  ]
+  text = ''.join(f'{json.dumps(row)}\n' for row in rows)
+  (pictures / 'pairs.jsonl').write_text(text)
+  run(pictures, tmp_path / 'o', layout='folder')
+  assert report_of(tmp_path / 'o') == {
+    'rows': 3,
+    'examples': 3,
+    'kept': 1,
+    'unreadable': 1,
+    'identical': 1,
+    'images': 4,
+    'images_unreadable': 1,
+  }
+  (record,) = records.open_folder(tmp_path / 'o')
+  assert record['image_0'] == (pictures / '0.png').read_bytes()
+  assert record['image_1'] == (pictures / '1.png').read_bytes()
+  assert record['label'] == 1
+  assert record['source'] == b'pairs.jsonl:0'
+
+
+def test_likes(pictures, tmp_path):
+  rows = [
+    {'caption': 'a', 'image': '0.png', 'liked': True},
+    {'caption': 'a', 'image': '0.png', 'liked': False, 'generator': 'g'},
+    {'caption': 'a', 'image': '1.png', 'liked': None},
+  ]
+  path = pictures / 'likes.jsonl'
+  path.write_text(''.join(f'{json.dumps(row)}\n' for row in rows))
+  run(path, tmp_path / 'o', layout='jsonl')
+  assert report_of(tmp_path / 'o') == {
+    'rows': 3,
+    'examples': 3,
+    'kept': 2,
+    'unlabelled': 1,
+    'duplicates': 1,
+    'images': 2,
+  }
+  got = records.open_folder(tmp_path / 'o', kind='likes')
+  assert [float(record['liked']) for record in got] == [1, 0]
+  assert got[1]['generator'] == b'g'
+  assert got[1]['size'].tolist() == [8, 6, 0, 0]
+  assert not (tmp_path / 'o' / 'pairs').exists()
+
+
+def test_ranked_lists(pictures, tmp_path):
+  names = [f'{i}.png' for i in range(3)]
+  rows = [
+    {'prompt': 'a', 'image_path': names, 'rank': [1, 2, 2]},
+    {'prompt': 'b', 'image_path': names[:2], 'human_preference': [0, 1]},
+  ]
+  (pictures / 'train.json').write_text(json.dumps(rows))
+  run(pictures / 'train.json', tmp_path / 'o', '--shards=2', layout='hpd')
+  assert report_of(tmp_path / 'o') == {
+    'rows': 2,
+    'examples': 4,
+    'kept': 3,
+    'ties': 1,
+    'images': 5,
+  }
+  got = records.open_folder(tmp_path / 'o')
+  assert [float(record['label']) for record in got] == [1, 1, 0]
+  assert [shard.length for shard in got.shards] == [2, 1]
+  assert got[1]['image_1'] == (pictures / '2.png').read_bytes()
+
+
+def test_a_cache_is_added_before_the_folder_appears(
+  tiny_folder, tmp_path, capsys
+):
+  rows = [pickapic_file.make_row(i) for i in range(3)]
+  source = pickapic_file.write(tmp_path / 'a.parquet', rows)
+  flags = [f'--model={tiny_folder}', '--size=16', '--keep_images=false']
+  run(source, tmp_path / 'o', *flags, '--shards=2', '--batch=8')
+  got = records.open_folder(tmp_path / 'o')
+  assert got.fields['moments'].shape[:2] == (2, 2)
+  assert all(record['image_0'] == b'' for record in got)
+  captions = records.open_folder(tmp_path / 'o', kind='captions')
+  # Of three captions and the empty one.
+  assert len(captions) == 4
+  sums = json.loads((tmp_path / 'o' / 'checksums.json').read_text())
+  for name, entry in sums.items():
+    data = (tmp_path / 'o' / name).read_bytes()
+    assert hashlib.sha256(data).hexdigest() == entry['sha256']
+  assert any(name.startswith('captions/') for name in sums)
+  names = sorted(path.name for path in (tmp_path / 'o').iterdir())
+  assert 'state' not in names
+  assert 'cache.incomplete' not in names
+  base = [f'--source={source}', f'--out={tmp_path / "p"}', '--format=pickapic']
+  text = error_of(capsys, *base, f'--model={tiny_folder}', '--size=17')
+  assert '17' in text
+  text = error_of(capsys, *base, '--flips=false')
+  assert '--flips=false: is for --model' in text
+  assert not (tmp_path / 'p.incomplete').exists()
+
+
+def test_a_cut_in_the_cache_stage_is_continued(
+  tiny_folder, tmp_path, monkeypatch
+):
+  """Again and again, each time before another file takes its place."""
+  rows = [pickapic_file.make_row(i) for i in range(3)]
+  source = pickapic_file.write(tmp_path / 'a.parquet', rows)
+  flags = [f'--model={tiny_folder}', '--size=16', '--shards=2', '--batch=8']
+  run(source, tmp_path / 'right', *flags)
+  original = {name: getattr(pathlib.Path, name) for name in MOVES}
+  for last in ('pairs', 'captions', 'cache.json', 'o'):
+    with monkeypatch.context() as patch:
+      for name, move in original.items():
+
+        def fail(path, target, *, move=move, last=last):
+          if pathlib.Path(target).parts[-2:] in (
+            ('o.incomplete', last),
+            (tmp_path.name, last),
+          ):
+            raise OSError('power cut')
+          return move(path, target)
+
+        patch.setattr(pathlib.Path, name, fail)
+      with pytest.raises(OSError, match='power cut'):
+        run(source, tmp_path / 'o', *flags)
+    assert not (tmp_path / 'o').exists()
+  run(source, tmp_path / 'o', *flags)
+  assert contents(tmp_path / 'o') == contents(tmp_path / 'right')
+
+
+MOVES = ('rename', 'replace')
