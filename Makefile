@@ -18,7 +18,7 @@ quickstart: $(VENV)/.runtime
 	  --workdir=$(RUNS)/quickstart
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
 slow-test: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

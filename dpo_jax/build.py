@@ -185,7 +185,7 @@ def _make_mesh(config):
 
 def _open(config, mesh):
   """The model that the config names."""
-  return loading.open_model(
+  opened = loading.open_model(
     config.model.folder,
     mesh=mesh,
     revision=config.model.revision,
@@ -198,6 +198,12 @@ def _open(config, mesh):
     remat=config.model.remat,
     zero_terminal_snr=config.noise.zero_terminal_snr,
   )
+  if config.data.resolution % opened.model.downscale:
+    raise ValueError(
+      f'data.resolution={config.data.resolution}: must be a multiple of the '
+      f"VAE's downscale factor {opened.model.downscale}"
+    )
+  return opened
 
 
 def _count_cut(tokenizer, captions) -> int:
