@@ -37,10 +37,22 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.remat = 'none'
 
   c.data = ml_collections.ConfigDict()
-  # Parquet files in Pick-a-Pic's schema: a file, a folder or a glob.
+  # Folders of dpo_jax.tools.prepare, separated by commas; or, for small data,
+  # parquet files in Pick-a-Pic's schema: a file, a folder or a glob.
   c.data.path = ''
+  # Of several folders the weights in the mixture; () is their sizes.
+  c.data.weights = ()
   # Share of the captions (by a hash of the caption) kept for evaluation.
   c.data.holdout = 0.02
+  # Prepared folders to evaluate on instead (the validation split, say); what
+  # has a caption of theirs is not trained on.
+  c.data.eval_path = ''
+  # Train from the latents and text states of folders that have them (prepare
+  # --model); False decodes and encodes pictures all the same.
+  c.data.use_cache = True
+  # Latents are a sample of the VAE's posterior, drawn afresh each epoch as in
+  # the authors' code, or its mean.
+  c.data.posterior = 'sample'
   # Side of the square training images, pixels.
   c.data.resolution = 512
   # Random or centre crop, and horizontal flips: the same for both images.
@@ -141,6 +153,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.eval.guidance_rescale = 0.0
   # Images (or pairs) at once.
   c.eval.batch_size = 16
+  # Held-out pairs to measure on, by the hash of their captions; 0 is all.
+  c.eval.num_pairs = 1024
   # Draws of noise and timestep a held-out pair, for the implicit accuracy.
   c.eval.num_draws = 8
   # Folder of a style judge (task classify) and the class that should win.

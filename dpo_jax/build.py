@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dpo_jax import limits, loading, sharding
-from dpo_jax.data import loader as loader_lib
-from dpo_jax.data import pairs as pairs_lib
+from dpo_jax import caching, datasets, limits, loading, sharding
+from dpo_jax.data import cached
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.evaluate import judge as judge_lib
 from dpo_jax.models import classifier
@@ -30,45 +29,24 @@ class Job:
 
   Attributes:
     record: the resolved config as JSON types.
+    pinned: what a run that goes on must find as it was: name to JSON types.
     loop_arguments: for loop.run, workdir aside.
     opened: the model at the start (None for task classify).
     tokenizer: its tokenizers.
-    all_images, held_images: all pictures, and those not trained on.
-    train_pairs, held_batches: pairs, and held-out batches by epoch.
-    captions_cut: distinct captions that are longer than the text encoder's.
+    counts: what became of the data's rows.
+    held_batches: held-out batches by epoch.
   """
 
   record: dict[str, Any]
+  pinned: dict[str, dict[str, str]]
   loop_arguments: dict[str, Any]
   mesh: jax.sharding.Mesh
   opened: loading.Opened | None
   tokenizer: tokenizer_lib.Encoder
   judge: judge_lib.StyleJudge | None
-  all_images: pairs_lib.CaptionedImages
-  held_images: pairs_lib.CaptionedImages
-  train_pairs: pairs_lib.Pairs | None = None
-  held_batches: Callable | None = None
-  captions_cut: int = 0
-
-
-def _eval_batches(make_loader, examples, batch_size):
-  """Each held-out example once, as (batch, number of valid rows)."""
-
-  def batches(epoch: int = 0):
-    iterator = make_loader(examples, batch_size=batch_size)
-    left = len(examples)
-    try:
-      while left > 0:
-        batch = next(iterator)
-        # Rows of the next round come last and are cut off; the same noise
-        # for the same example whatever the batch size is.
-        batch['epoch'] = np.full_like(batch['epoch'], epoch)
-        yield batch, min(left, batch_size)
-        left -= batch_size
-    finally:
-      iterator.close()
-
-  return batches
+  data: datasets.Data
+  counts: dict[str, int]
+  held_batches: Callable
 
 
 def _load_judge(config) -> judge_lib.StyleJudge | None:
@@ -88,7 +66,7 @@ def _load_judge(config) -> judge_lib.StyleJudge | None:
   )
 
 
-def _make_task(config, opened):
+def _make_task(config, opened, data):
   """The task of a diffusion model."""
   model, params = opened.model, opened.params
   if config.task == 'autoencode':
@@ -111,6 +89,8 @@ def _make_task(config, opened):
       high=config.noise.t_max,
       only=tuple(config.noise.timesteps),
     ),
+    posterior=config.data.posterior,
+    empty_cond=data.cache and data.cache.empty,
   )
   if config.task == 'denoise':
     return denoise.make_task(
@@ -219,26 +199,52 @@ def _count_cut(tokenizer, captions) -> int:
   return cut
 
 
-def _make_loaders(config, train, held, tokenizer):
-  """(endless training batches, held-out batches by epoch)."""
-  make_loader = functools.partial(
-    loader_lib.make_pair_loader
-    if config.task == 'preference'
-    else loader_lib.make_image_loader,
-    tokenizer=tokenizer,
-    seed=config.seed,
-    resolution=config.data.resolution,
+def _read_data(config) -> datasets.Data:
+  """The examples that the config names; reads no picture of a folder."""
+  paths = datasets.split_paths(config.data.path)
+  eval_paths = datasets.split_paths(config.data.eval_path)
+  if any(map(datasets.is_prepared, paths)):
+    if config.task != 'preference':
+      raise ValueError(
+        f'data.path={config.data.path}: prepared folders are for '
+        f'task=preference; task={config.task} reads parquet files'
+      )
+    if config.eval.retrieval:
+      raise ValueError(
+        'eval.retrieval=True: compares with every picture in memory, which is '
+        'for parquet files; set it to False for prepared folders'
+      )
+    return datasets.open_prepared(
+      paths,
+      weights=tuple(config.data.weights),
+      holdout=config.data.holdout,
+      eval_paths=eval_paths,
+      use_cache=config.data.use_cache,
+      max_held=config.eval.num_pairs,
+    )
+  if eval_paths or len(config.data.weights):
+    name = 'eval_path' if eval_paths else 'weights'
+    raise ValueError(
+      f'data.{name}={config.data[name]}: is for prepared folders, and '
+      f'data.path={config.data.path} is none (python -m dpo_jax.tools.prepare)'
+    )
+  return datasets.read_parquet(
+    paths,
+    holdout=config.data.holdout,
+    paired=config.task == 'preference',
+    max_held=config.eval.num_pairs,
   )
-  plain = functools.partial(make_loader, random_crop=False, flip=False)
-  loader = make_loader(
-    train,
-    batch_size=config.train.batch_size,
-    random_crop=config.data.random_crop,
-    flip=config.data.flip,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
-  return loader, _eval_batches(plain, held, config.eval.batch_size)
+
+
+def _check_caches(data, opened) -> None:
+  """Raises ValueError where latents are of another model than this."""
+  if data.cache is not None:
+    folders = {
+      cached.folder_of(source.records): None
+      for source in data.train + data.held
+    }
+    for folder in folders:
+      caching.check_cache(folder, opened)
 
 
 def build(config: ml_collections.ConfigDict) -> Job:
@@ -248,22 +254,33 @@ def build(config: ml_collections.ConfigDict) -> Job:
   sizes that do not fit the devices.
   """
   mesh = _make_mesh(config)
-  paired = config.task == 'preference'
-  pairs = pairs_lib.read_parquet(config.data.path) if paired else None
-  all_images = pairs_lib.read_images(config.data.path)
-  train, held_images = _split(all_images, config.data.holdout)
-  held = held_images
-  if paired:
-    train, held = _split(pairs, config.data.holdout)
-  opened = None
+  data = _read_data(config)
+  counts, opened = data.counts, None
   if config.task == 'classify':
     tokenizer = _NoTokenizer()
-    task = _make_classify(config, all_images.style_names)
+    task = _make_classify(config, data.all_images.style_names)
   else:
     opened = _open(config, mesh)
+    _check_caches(data, opened)
     tokenizer = opened.tokenizers
-    task = _make_task(config, opened)
-  loader, held_batches = _make_loaders(config, train, held, tokenizer)
+    task = _make_task(config, opened, data)
+  if data.all_images is not None:
+    cut = _count_cut(tokenizer, data.all_images.captions)
+    counts = counts | {'captions_cut': cut}
+  sizes = {'seed': config.seed, 'resolution': config.data.resolution}
+  loader = datasets.make_loader(
+    data.train,
+    tokenizer,
+    batch_size=config.train.batch_size,
+    random_crop=config.data.random_crop,
+    flip=config.data.flip,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    **sizes,
+  )
+  held_batches = datasets.make_held_batches(
+    data.held, tokenizer, batch_size=config.eval.batch_size, **sizes
+  )
   optimizer, schedule = _make_optimizer(config)
   options = loop_lib.Options(
     seed=config.seed,
@@ -281,8 +298,13 @@ def build(config: ml_collections.ConfigDict) -> Job:
       )
     },
   )
+  source = opened and opened.source
   return Job(
-    record=limits.validate(config) | {'source': opened and opened.source},
+    record=limits.validate(config) | {'source': source},
+    pinned={
+      'source': source or {},
+      'data': {'sha256': data.fingerprint},
+    },
     loop_arguments={
       'task': task,
       'optimizer': optimizer,
@@ -296,19 +318,10 @@ def build(config: ml_collections.ConfigDict) -> Job:
     opened=opened,
     tokenizer=tokenizer,
     judge=_load_judge(config),
-    all_images=all_images,
-    held_images=held_images,
-    train_pairs=train if paired else None,
+    data=data,
+    counts=counts,
     held_batches=held_batches,
-    captions_cut=_count_cut(tokenizer, all_images.captions),
   )
-
-
-def _split(examples, holdout: float):
-  """(train, held out); without a holdout both are everything."""
-  if not holdout:
-    return examples, examples
-  return pairs_lib.split_by_caption(examples, holdout)
 
 
 class _NoTokenizer:

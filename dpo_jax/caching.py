@@ -21,7 +21,13 @@ import numpy as np
 
 import dpo_jax
 from dpo_jax import encoding, loading, trees
-from dpo_jax.data import cached, record_fields, record_metadata, records
+from dpo_jax.data import (
+  cached,
+  record_fields,
+  record_metadata,
+  records,
+  side_files,
+)
 
 WORK = 'cache.incomplete'
 # Captions in a shard of text states.
@@ -198,7 +204,7 @@ class _Build:
     shapes = _shapes(self.opened, self.description)
     captions = self._compute_latents(source, split, shapes)
     ids = self._compute_text(captions, split, shapes)
-    cached.write_index(self.work, ids)
+    side_files.write_index(self.work / cached.INDEX, ids)
     text = json.dumps(self.description.to_json(), indent=1) + '\n'
     _write(self.work / cached.NAME, text.encode())
 

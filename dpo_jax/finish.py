@@ -80,7 +80,7 @@ def _finish_classify(job, result, path):
   classifiers.save(
     path / 'export',
     config={
-      'classes': list(job.all_images.style_names),
+      'classes': list(job.data.all_images.style_names),
       'widths': list(job.record['classifier']['widths']),
       'palette': list(job.record['classifier']['palette']),
       'image_size': job.record['data']['resolution'],
@@ -93,7 +93,7 @@ def _finish_autoencode(job, result, path):
   """Exports the VAE with the scaling factor its latents ask for."""
   params = _trained(result)['vae']
   resolution = job.record['data']['resolution']
-  pictures = _as_float(_pictures(job.held_images.images, resolution))
+  pictures = _as_float(_pictures(job.data.held_images.images, resolution))
   encode = jax.jit(
     lambda images: job.opened.model.vae.apply(
       {'params': params}, images, method='encode'
@@ -124,7 +124,7 @@ def _finish_autoencode(job, result, path):
     path / 'samples' / 'reconstructions.png',
     pictures[:size],
     shown,
-    job.held_images.captions[:size],
+    job.data.held_images.captions[:size],
     labels=('real', 'decoded'),
   )
 
@@ -132,14 +132,8 @@ def _finish_autoencode(job, result, path):
 def _prompts(job: build.Job) -> tuple[list[str], np.ndarray]:
   """Held-out captions in order of their hash, and a seed a picture."""
   settings = job.record['eval']
-  ids = dict(
-    sorted(
-      zip(job.held_images.captions, job.held_images.ids.tolist(), strict=True)
-    )
-  )
-  order = sorted(ids, key=lambda caption: ids[caption])
-  order = order[: settings['num_prompts']]
   repeats = settings['images_per_prompt']
+  order = job.data.find_prompts(settings['num_prompts'])
   captions = [caption for caption in order for _ in range(repeats)]
   return captions, np.arange(len(captions), dtype=np.uint32)
 
@@ -180,12 +174,14 @@ def _quality(job: build.Job, images, captions) -> dict[str, float]:
   if job.judge is not None:
     found['style_share'] = float(np.mean(job.judge.score(images) > 0))
   if job.record['eval']['retrieval']:
-    gallery = _pictures(job.all_images.images, job.record['data']['resolution'])
+    gallery = _pictures(
+      job.data.all_images.images, job.record['data']['resolution']
+    )
     found['retrieval'] = retrieval.retrieval_accuracy(
       _as_float(images),
       captions,
       _as_float(gallery),
-      job.all_images.captions,
+      job.data.all_images.captions,
     )
   return found
 
@@ -208,7 +204,11 @@ def _finish_denoise(job, result, path):
   first = {
     caption: data
     for caption, data in reversed(
-      list(zip(job.all_images.captions, job.all_images.images, strict=True))
+      list(
+        zip(
+          job.data.all_images.captions, job.data.all_images.images, strict=True
+        )
+      )
     )
   }
   shown = slice(0, 96)
@@ -266,7 +266,7 @@ def _finish_preference(job, result, path):
     reasons=_reasons(job),
     judge=_judge_words(job),
     cost=_cost(job, result, time.monotonic() - started),
-    data=_data_counts(job, captions),
+    data=job.counts | {'held_out_prompts': len(set(captions))},
   )
 
 
@@ -339,19 +339,4 @@ def _cost(job, result, evaluation_seconds) -> dict[str, Any]:
     'peak_memory_bytes': stats_of.get('peak_bytes_in_use', host),
     'device': f'{len(devices)} x {devices[0].device_kind}',
     'versions': {'dpo_jax': dpo_jax.__version__, 'jax': jax.__version__},
-  }
-
-
-def _data_counts(job: build.Job, captions) -> dict[str, Any]:
-  counts = job.train_pairs.counts
-  return {
-    'rows': counts.rows,
-    'pairs': counts.kept,
-    'ties_dropped': counts.ties,
-    'unlabelled_dropped': counts.unlabelled,
-    'identical_dropped': counts.identical,
-    'training_pairs': len(job.train_pairs),
-    'held_out_pairs': counts.kept - len(job.train_pairs),
-    'held_out_prompts': len(set(captions)),
-    'captions_cut': job.captions_cut,
   }

@@ -27,6 +27,7 @@ CHOICES = {
   'model.prediction_type': ('', *released.PREDICTION_TYPES),
   'data.dropped_prompt': inputs_lib.DROPPED_PROMPTS,
   'data.micro_cond': inputs_lib.MICRO_CONDS,
+  'data.posterior': inputs_lib.POSTERIORS,
   'objective.name': tuple(OBJECTIVES),
   'optim.name': optimizer_lib.OPTIMIZERS,
   'optim.schedule': optimizer_lib.SCHEDULES,
@@ -71,6 +72,7 @@ RANGES = {
   'eval.guidance_rescale': (0, 1.000001),
   'eval.batch_size': (1, math.inf),
   'eval.num_draws': (1, math.inf),
+  'eval.num_pairs': (0, math.inf),
 }
 
 
@@ -132,7 +134,9 @@ def _check_sources(config) -> list[str]:
       + ', '.join(COMPONENTS)
     )
   if not config.data.path:
-    problems.append('data.path is empty: name parquet files of pairs')
+    problems.append(
+      'data.path is empty: name parquet files of pairs or a prepared folder'
+    )
   if config.task != 'classify':
     if not config.model.folder:
       problems.append(

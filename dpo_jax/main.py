@@ -22,7 +22,9 @@ def run(argv: list[str]) -> int:
     with workdir.Workdir(folder, config=record) as place:
       print(place.describe(jax.devices()), file=sys.stderr)
       job = build.build(config)
-      place.pin('source', job.record['source'] or {})
+      for name, record in job.pinned.items():
+        place.pin(name, record)
+      place.keep_config()
       result = loop.run(**job.loop_arguments, workdir=place.path)
       finish.finish(job, result, place.path)
   except loop.NonFiniteLossError as error:

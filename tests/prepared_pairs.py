@@ -7,7 +7,8 @@ import json
 import numpy as np
 from PIL import Image
 
-from dpo_jax.data import cached, records
+from dpo_jax.data import cached, records, side_files
+from dpo_jax.data.formats import rows as rows_lib
 
 
 def picture(seed, height=16, width=16):
@@ -42,6 +43,7 @@ def write(folder, rows, *, lengths, kind='pairs', **options):
   features = records.features(kind, **options)
   data = folder / kind / '1.0.0'
   data.mkdir(parents=True)
+  rows = list(rows)
   left, sums = iter(rows), {}
   for i, length in enumerate(lengths):
     name = f'{kind}-train.array_record-{i:05d}-of-{len(lengths):05d}'
@@ -52,5 +54,17 @@ def write(folder, rows, *, lengths, kind='pairs', **options):
     digest = hashlib.sha256(written).hexdigest()
     sums[f'{kind}/1.0.0/{name}'] = {'bytes': len(written), 'sha256': digest}
   records.write_metadata(folder, kind, features, {'train': lengths})
+  write_split_hashes(folder, rows, kind)
   (folder / 'checksums.json').write_text(json.dumps(sums))
   return folder
+
+
+def write_split_hashes(folder, rows, kind='pairs'):
+  """Writes the numbers that decide what is held out."""
+  if kind == 'captions':
+    return
+  texts = [row['caption'].decode('utf-8', 'replace') for row in rows]
+  side_files.write_index(
+    folder / side_files.split_hashes_name(kind, 'train'),
+    np.array([rows_lib.split_hash(text) for text in texts], np.uint64),
+  )

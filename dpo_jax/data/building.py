@@ -27,6 +27,7 @@ from dpo_jax.data import (
   record_fields,
   record_metadata,
   records,
+  side_files,
 )
 from dpo_jax.data.formats import rows as rows_lib
 
@@ -63,7 +64,8 @@ class _Shard:
   reasons: collections.Counter = dataclasses.field(
     default_factory=collections.Counter
   )
-  keys: list[int] = dataclasses.field(default_factory=list)
+  # Of each record its key and its caption's split hash.
+  keys: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
 
 class Build:
@@ -214,7 +216,7 @@ class Build:
         made.reasons.update(row.reasons)
         for example in row.examples:
           made.writer.write(example.record)
-          made.keys.append(example.key)
+          made.keys.append((example.key, example.split_hash))
         on_progress(done)
     except BaseException:
       made.writer.discard()
@@ -289,8 +291,10 @@ class Build:
       np.fromfile(self._shard_state(shard).with_suffix('.keys'), '<u8')
       for shard in range(self.options.shards)
     ]
-    keys = np.concatenate(keys)
+    keys, split_hashes = np.concatenate(keys).reshape((-1, 2)).T
     counts['duplicates'] = len(keys) - len(np.unique(keys))
+    name = side_files.split_hashes_name(self.source.kind, self.options.split)
+    side_files.write_index(self.folder / name, split_hashes)
     report = build_report.make(
       self.source.kind,
       counts,

@@ -152,35 +152,15 @@ def open_captions(root: pathlib.Path, *, split: str = 'train') -> Captions:
   """
   source = records.open_folder(root, kind='captions', split=split)
   path = root / INDEX
-  try:
-    with path.open('rb') as file:
-      # The folder is not trusted: nothing but numbers is read.
-      ids = np.lib.format.read_array(
-        file, allow_pickle=False, max_header_size=4096
-      )
-  except (OSError, ValueError) as error:
-    reason = ' '.join(str(error).split())[:200]
+  ids = side_files.read_index(
+    path, len(source), numbers='rising ids', of='captions'
+  )
+  if not (ids[1:] > ids[:-1]).all():
     raise ValueError(
-      f'{path}: no index of captions: {reason}; prepare the folder again'
-    ) from error
-  if (
-    ids.dtype != np.uint64
-    or ids.shape != (len(source),)
-    or not (ids[1:] > ids[:-1]).all()
-  ):
-    raise ValueError(
-      f'{path}: {ids.dtype} {list(ids.shape)}: must be the rising ids of '
-      f'{len(source)} captions; prepare the folder again'
+      f'{path}: must be the rising ids of {len(source)} captions; prepare the '
+      'folder again'
     )
   return Captions(source, ids)
-
-
-def write_index(root: pathlib.Path, ids: UInt64[np.ndarray, ' n']) -> None:
-  """Writes the index over the captions."""
-  partial = root / f'{INDEX}.partial'
-  with partial.open('wb') as file:
-    np.save(file, ids, allow_pickle=False)
-  partial.rename(root / INDEX)
 
 
 def moments_shape(source: records.Records) -> tuple[int, ...] | None:

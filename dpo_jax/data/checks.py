@@ -19,6 +19,7 @@ from dpo_jax.data import (
   side_files,
 )
 from dpo_jax.data import images as images_lib
+from dpo_jax.data.formats import rows as rows_lib
 
 # Records in memory at once.
 CHUNK = 64
@@ -182,6 +183,7 @@ class _SplitCheck:
     self.caption_ids: set[int] = set()
     count = sum(shard.length for shard in split.shards)
     self._ids = np.zeros(count, np.uint64)
+    self._split_hashes = np.zeros(count, np.uint64)
     self._read = np.zeros(count, bool)
     self._last_caption = -1
     if 'moments' in split.fields:
@@ -194,6 +196,7 @@ class _SplitCheck:
       yield from self._check_shard(shard, offset)
       offset += shard.length
     self._check_ids()
+    self._check_split_hashes()
     # Damaged captions are named already.
     if self.split.kind == 'captions' and len(self.caption_ids) == offset:
       self._check_index(self._root)
@@ -227,6 +230,31 @@ class _SplitCheck:
       index = None
     if index is None or set(index.tolist()) != self.caption_ids:
       self.report.problems.append(Problem(cached.INDEX, reason))
+
+  def _check_split_hashes(self) -> None:
+    """Whether the file that decides what is held out is that of the records."""
+    if self.split.kind == 'captions':
+      return
+    name = side_files.split_hashes_name(self.split.kind, self.split.name)
+    path = self._root / name
+    reason = ''
+    try:
+      if not path.exists():
+        reason = 'is missing, so nothing can be held out'
+      else:
+        found = side_files.read_split_hashes(
+          self._root, self.split.kind, self.split.name, len(self._ids)
+        )
+        wrong = np.flatnonzero(self._read & (found != self._split_hashes))
+        if len(wrong):
+          reason = (
+            f'{len(wrong)} numbers are not those of the captions, the first '
+            f'that of number {wrong[0]} of the split'
+          )
+    except ValueError as error:
+      reason = str(error)
+    if reason:
+      self.report.problems.append(Problem(name, reason))
 
   def _check_shard(self, shard, offset) -> Iterator[int]:
     path = self.split.folder / shard.name
@@ -284,6 +312,9 @@ class _SplitCheck:
     if self.split.kind == 'captions':
       return reasons + self._caption_reasons(record)
     self._ids[index], self._read[index] = record['id'], True
+    self._split_hashes[index] = rows_lib.split_hash(
+      record['caption'].decode('utf-8', 'replace')
+    )
     name = 'label' if self.split.kind == 'pairs' else 'liked'
     # NaN is reported above.
     if record[name] < 0 or record[name] > 1:

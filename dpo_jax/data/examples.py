@@ -18,10 +18,15 @@ _WAITING_BYTES = 64 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """A record, and a key that only repeats of its caption and images share."""
+  """A record, and what is known of it beside.
+
+  Only repeats of its caption and images share the `key`; `split_hash` is that
+  of its caption.
+  """
 
   record: dict[str, Any]
   key: int
+  split_hash: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +173,7 @@ def _make_pair(
     record[f'image_{side}'] = pictures[i].data
     record[f'generator_{side}'] = _encode(row.generators[i])
   key = rows_lib.hash_texts(8, 'pair', row.caption, *sorted(uids))
-  return Example(record, key)
+  return Example(record, key, rows_lib.split_hash(row.caption))
 
 
 def _make_like(
@@ -184,7 +189,8 @@ def _make_like(
     'generator': _encode(row.generators[0]),
     'liked': row.liked,
   }
-  return Example(record, rows_lib.hash_texts(8, 'like', row.caption, uid))
+  key = rows_lib.hash_texts(8, 'like', row.caption, uid)
+  return Example(record, key, rows_lib.split_hash(row.caption))
 
 
 def _common(kind: str, row: rows_lib.Row, *parts: str) -> dict[str, Any]:

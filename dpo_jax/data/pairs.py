@@ -173,8 +173,7 @@ def split_by_caption(
   if not 0 <= holdout < 1:
     raise ValueError(f'holdout {holdout}: must be at least 0 and below 1')
   held = {
-    c: rows_lib.hash_texts(8, 'split', c) < holdout * 2**64
-    for c in examples.captions
+    c: rows_lib.split_hash(c) < holdout * 2**64 for c in examples.captions
   }
   sides = [
     [i for i, c in enumerate(examples.captions) if held[c] == side]

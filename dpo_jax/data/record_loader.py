@@ -7,9 +7,10 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int64
 
 from dpo_jax import keys
-from dpo_jax.data import cached, loader, mixing, records
+from dpo_jax.data import cached, loader, mixing, record_fields, records
 from dpo_jax.data import images as images_lib
 from dpo_jax.data import tokenizer as tokenizer_lib
 
@@ -22,17 +23,28 @@ class Source:
   """A data set to take batches from, with its weight in a mixture.
 
   With `cache` and `captions` batches hold latents and text states, without
-  them pictures and tokens.
+  them pictures and tokens. `rows` are the records to take, None is all.
   """
 
   records: records.Records
   weight: float = 1.0
   cache: cached.Description | None = None
   captions: cached.Captions | None = None
+  rows: Int64[np.ndarray, ' n'] | None = None
 
   def __len__(self) -> int:
     """The number of pairs."""
-    return len(self.records)
+    return len(self.records if self.rows is None else self.rows)
+
+  def select(self, rows: Sequence[int]) -> 'Source':
+    """The source with the pairs at `rows` only."""
+    rows = np.asarray(rows, np.int64)
+    rows = rows if self.rows is None else self.rows[rows]
+    return dataclasses.replace(self, rows=rows)
+
+  def record(self, row: int) -> record_fields.Record:
+    """The record of a pair."""
+    return self.records[row if self.rows is None else int(self.rows[row])]
 
   def uncached(self) -> 'Source':
     """The same pictures, decoded; ValueError where they were not kept."""
@@ -45,14 +57,16 @@ class Source:
 
 
 def open_source(
-  path: str | os.PathLike, *, split: str = 'train', weight: float = 1.0
+  path: str | os.PathLike, *, split: str = '', weight: float = 1.0
 ) -> Source:
   """The pairs of a prepared folder, with the cache if it has one.
 
-  Raises ValueError for a folder that is no prepared one.
+  Without `split` the folder's only one. Raises ValueError for a folder that is
+  no prepared one.
   """
   root = pathlib.Path(path)
   opened = records.open_folder(root, split=split)
+  split = opened.split
   description = cached.read_description(root)
   shape = cached.moments_shape(opened)
   if (description is None) != (shape is None):
@@ -220,7 +234,7 @@ class _Examples:
     self, source: Source, row: int, epoch: int
   ) -> dict[str, np.ndarray]:
     """The example at a row; ValueError where it is damaged."""
-    record = source.records[row]
+    record = source.record(row)
     label, number = float(record['label']), int(record['id'])
     if not 0 <= label <= 1:
       raise ValueError(f'record {row}: its label is {label}')

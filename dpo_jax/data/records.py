@@ -163,10 +163,11 @@ class Records(Sequence[record_fields.Record]):
     folder: pathlib.Path,
     fields: record_fields.Fields,
     shards: Sequence[Shard],
+    split: str = '',
   ):
     """`folder` holds the shards; see `open_folder`."""
     self.folder, self.fields = folder, dict(fields)
-    self.shards = tuple(shards)
+    self.shards, self.split = tuple(shards), split
     self._ends = list(itertools.accumulate(s.length for s in self.shards))
     self._readers: list[Any] = [None] * len(self.shards)
     self._lock = threading.Lock()
@@ -226,22 +227,26 @@ class Records(Sequence[record_fields.Record]):
 
   def __getstate__(self) -> dict[str, Any]:
     """Leaves out open files, so that a copy works in another process."""
-    return {'folder': self.folder, 'fields': self.fields, 'shards': self.shards}
+    names = ('folder', 'fields', 'shards', 'split')
+    return {name: getattr(self, name) for name in names}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     self.__init__(**state)
 
 
 def open_folder(
-  path: str | os.PathLike, *, kind: str = 'pairs', split: str = 'train'
+  path: str | os.PathLike, *, kind: str = 'pairs', split: str = ''
 ) -> Records:
   """The records of a split of a prepared folder, which is not trusted.
 
-  Raises ValueError when the folder's metadata are not as this package writes
-  them, when there is no such split, and for a missing or foreign shard file.
+  Without `split` the folder's only one. Raises ValueError when the folder's
+  metadata are not as this package writes them, when there is no such split,
+  and for a missing or foreign shard file.
   """
   root = pathlib.Path(path)
   metadata = record_metadata.read(root, kind)
+  if not split and len(metadata.splits) == 1:
+    (split,) = metadata.splits
   if split not in metadata.splits:
     raise ValueError(
       f'{path}: no split {split!r} of {kind}; there are: '
@@ -260,7 +265,7 @@ def open_folder(
         f'{file}: no such shard; the folder is not complete (python -m '
         'dpo_jax.tools.verify names all that is missing)'
       )
-  return Records(folder, metadata.fields, shards)
+  return Records(folder, metadata.fields, shards, split)
 
 
 def _open_reader(path: pathlib.Path) -> Any:

@@ -25,6 +25,7 @@ FREE_KEYS = frozenset(
     'eval.guidance_rescale',
     'eval.batch_size',
     'eval.num_draws',
+    'eval.num_pairs',
     'eval.judge',
     'eval.preferred',
     'eval.retrieval',
@@ -74,25 +75,33 @@ class Workdir:
     path = self.path / 'config.json'
     if path.exists():
       self._compare(path)
-    _write_json(path, self._config)
     return self
 
   def __exit__(self, *unused):
     """Lets the folder go."""
     self._lock.close()
 
+  def keep_config(self) -> None:
+    """Writes config.json; once this is done another config is refused.
+
+    Called when the config is known to work, so that one that does not can be
+    mended in the same folder.
+    """
+    _write_json(self.path / 'config.json', self._config)
+
   def pin(self, name: str, record: Mapping[str, Any]) -> None:
     """Writes NAME.json once; raises ValueError when it says otherwise later.
 
-    For what is known only after the start, such as the revision of a model.
+    For what is known only after the start, such as the revision of a model or
+    a hash of the data.
     """
     path = self.path / f'{name}.json'
     if path.exists():
       old = json.loads(path.read_text())
       if old != record:
         raise ValueError(
-          f'{path}: this run began with {old}, and now it is {record}; give '
-          'the same model and revision to continue'
+          f'{path}: this run began with another {name} ({old}, and now '
+          f'{record}); give the same to continue, or choose another --workdir'
         )
     else:
       _write_json(path, record)

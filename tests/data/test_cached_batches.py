@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from dpo_jax import keys
-from dpo_jax.data import cached, images, record_fields, record_loader
+from dpo_jax.data import (
+  cached,
+  images,
+  record_fields,
+  record_loader,
+  side_files,
+)
 
 OPTIONS = dict(
   batch_size=12, seed=3, resolution=4, random_crop=False, flip=False
@@ -62,7 +68,9 @@ def write_cache(prepared, record, rows=12, **changes):
     kind='captions',
     cache=SHAPES,
   )
-  cached.write_index(root, np.array([n for n, _ in captions], np.uint64))
+  side_files.write_index(
+    root / cached.INDEX, np.array([n for n, _ in captions], np.uint64)
+  )
   description = cached.Description(
     model={'name': 'm', 'revision': ''},
     weights={'vae': 'f' * 64},

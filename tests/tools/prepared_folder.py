@@ -5,6 +5,7 @@ import io
 import json
 
 import numpy as np
+import prepared_pairs
 from PIL import Image
 
 from dpo_jax.data import cached, records
@@ -42,6 +43,7 @@ def write(folder, rows, *, kind='pairs', lengths=None, **options):
   features = records.features(kind, **options)
   data = folder / kind / '1.0.0'
   data.mkdir(parents=True, exist_ok=True)
+  rows = list(rows)
   left = iter(rows)
   for i, length in enumerate(lengths):
     name = f'{kind}-train.array_record-{i:05d}-of-{len(lengths):05d}'
@@ -49,6 +51,7 @@ def write(folder, rows, *, kind='pairs', lengths=None, **options):
       for _ in range(length):
         writer.write(next(left))
   records.write_metadata(folder, kind, features, {'train': lengths})
+  prepared_pairs.write_split_hashes(folder, rows, kind)
   write_checksums(folder)
   return folder
 

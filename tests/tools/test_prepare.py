@@ -11,7 +11,8 @@ import numpy as np
 import pickapic_file
 import pytest
 
-from dpo_jax.data import images, records
+from dpo_jax.data import images, records, side_files
+from dpo_jax.data.formats import rows as rows_lib
 from dpo_jax.tools import arguments, prepare
 
 TOKENIZER = (
@@ -60,7 +61,11 @@ def test_every_count_of_the_faithful_file(faithful):
     'build_report.txt',
     'checksums.json',
     'pairs',
+    'pairs-train.split_hashes.npy',
   ]
+  hashes = side_files.read_split_hashes(out, 'pairs', 'train', 20)
+  for number, record in zip(hashes, records.open_folder(out), strict=True):
+    assert number == rows_lib.split_hash(record['caption'].decode())
 
 
 def test_every_record_is_its_row(faithful):

@@ -8,10 +8,11 @@ import numpy as np
 import prepared_folder
 import pytest
 
-from dpo_jax.data import cached, checks, record_fields
+from dpo_jax.data import cached, checks, record_fields, side_files
 from dpo_jax.tools import verify
 
 LENGTHS = [3, 4, 3]
+HASHES = 'pairs-train.split_hashes.npy'
 SHARD = 'pairs/1.0.0/pairs-train.array_record-{:05d}-of-00003'
 
 
@@ -89,6 +90,22 @@ def test_any_flipped_bit_is_found(folder):
     assert {file for file, _ in report.damaged} <= {SHARD.format(1)}
 
 
+def test_hashes_that_decide_what_is_held_out(folder):
+  path = folder / HASHES
+  good = np.load(path)
+  for bad, reason in [
+    (good[[1, 0, *range(2, 10)]], '2 numbers are not those of the captions'),
+    (good[1:], 'must be the split hashes of 10 pairs'),
+    (good.astype(np.int64), 'must be the split hashes of 10 pairs'),
+  ]:
+    np.save(path, bad)
+    assert reason in _files(_check(folder))[HASHES]
+  path.write_bytes(b'no numbers')
+  assert 'no index of pairs' in _files(_check(folder))[HASHES]
+  path.unlink()
+  assert 'is missing' in _files(_check(folder))[HASHES]
+
+
 @pytest.mark.parametrize('share', [0, 0.3, 0.9, 0.999])
 def test_truncated_shard(folder, share):
   path = prepared_folder.shards(folder)[1]
@@ -125,7 +142,8 @@ def test_exchanged_shards(folder):
   first.write_bytes(data[1])
   third.write_bytes(data[0])
   report = _check(folder)
-  assert set(_files(report)) == {SHARD.format(0), SHARD.format(2)}
+  # Shards and hashes tell of other captions now; no record is damaged.
+  assert set(_files(report)) == {SHARD.format(0), SHARD.format(2), HASHES}
   assert report.damaged == []
 
 
@@ -205,7 +223,7 @@ def _cached(folder, rows, change=lambda texts: None):
   change(texts)
   prepared_folder.write(folder, texts, kind='captions', cache=SHAPES)
   (folder / 'cache.json').write_text(json.dumps(DESCRIPTION.to_json()))
-  cached.write_index(folder, ids)
+  side_files.write_index(folder / cached.INDEX, ids)
   return folder
 
 
@@ -251,7 +269,7 @@ def test_index_of_other_captions(tmp_path, rows):
     (good + np.uint64(1), 'is not that of the captions'),
     (good[1:], 'must be the rising ids of 10 captions'),
   ]:
-    cached.write_index(folder, ids)
+    side_files.write_index(folder / cached.INDEX, ids)
     assert reason in _files(_check(folder))[cached.INDEX]
 
 

@@ -100,8 +100,11 @@ def test_progress_off_a_terminal_prints_lines_with_eta(capsys):
 
 def test_workdir_refuses_another_config_by_key(tmp_path):
   first = {'seed': 0, 'optim': {'lr': 1e-3}, 'eval': {'num_steps': 5}}
-  with workdir.Workdir(tmp_path, config=first):
+  with workdir.Workdir(tmp_path, config={'seed': 7}):
+    # Of a start that failed nothing is kept.
     pass
+  with workdir.Workdir(tmp_path, config=first) as place:
+    place.keep_config()
   with workdir.Workdir(tmp_path, config=first):
     pass
   changed = {'seed': 0, 'optim': {'lr': 2e-3}, 'eval': {'num_steps': 5}}
@@ -109,8 +112,8 @@ def test_workdir_refuses_another_config_by_key(tmp_path):
     workdir.Workdir(tmp_path, config=changed).__enter__()
   # How it is evaluated may change.
   free = {'seed': 0, 'optim': {'lr': 1e-3}, 'eval': {'num_steps': 9}}
-  with workdir.Workdir(tmp_path, config=free):
-    pass
+  with workdir.Workdir(tmp_path, config=free) as place:
+    place.keep_config()
   saved = json.loads((tmp_path / 'config.json').read_text())
   assert saved['eval']['num_steps'] == 9
 

@@ -79,6 +79,11 @@ def hash_texts(size: int, *parts: str) -> int:
   return int.from_bytes(hashlib.blake2b(text, digest_size=size).digest(), 'big')
 
 
+def split_hash(caption: str) -> int:
+  """64 bits that decide whether a caption is held out, whatever else is."""
+  return hash_texts(8, 'split', caption)
+
+
 def hash_image(data: bytes) -> str:
   """A name for a picture that has none, from its encoded bytes."""
   return hashlib.blake2b(data, digest_size=16).hexdigest()
