@@ -18,7 +18,7 @@ quickstart: $(VENV)/.runtime
 	  --workdir=$(RUNS)/quickstart
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
 
 slow-test: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

@@ -27,6 +27,7 @@ from dpo_jax.data import (
   record_fields,
   record_loader,
   records,
+  side_files,
 )
 
 BATCH, SECONDS, WORKERS = 64, 6.0, 2
@@ -104,7 +105,7 @@ def write_cached(root: pathlib.Path) -> pathlib.Path:
   for kind, count in (('pairs', CACHED_PAIRS), ('captions', len(ids))):
     features = records.features(kind, cache=SHAPES)
     records.write_metadata(root, kind, features, {'train': [count]})
-  cached.write_index(root, np.array(sorted(ids), np.uint64))
+  side_files.write_index(root / cached.INDEX, np.array(sorted(ids), np.uint64))
   description = cached.Description(
     model={}, weights={}, size=512, flips=1, keep_images=False,
     compute_dtype='float32', versions={},

@@ -10,7 +10,7 @@ import numpy as np
 
 from dpo_jax import sharding, trees, types
 from dpo_jax import stable_diffusion as sd_lib
-from dpo_jax.data import cached, record_fields, records
+from dpo_jax.data import cached, record_fields, records, threads
 from dpo_jax.data import images as images_lib
 from dpo_jax.data import tokenizer as tokenizer_lib
 
@@ -35,6 +35,7 @@ class LatentMaker:
     keep_images: bool,
   ):
     """`size`: side of the square cut from the middle; `flips`: 1, or 2."""
+    threads.keep_freed_memory()
     self._params, self._mesh = vae_params, mesh
     self._size, self._flips, self._keep = size, flips, keep_images
     self._sides = _SIDES[kind]

@@ -1,15 +1,20 @@
 """Eight virtual CPU devices, a compile cache, and a tiny real pipeline."""
 
 import os
+import pathlib
 
 # Before jax is imported: tests place work on 1 to 8 of these.
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# What was compiled once serves all tests, workers, and processes they start.
+os.environ['JAX_COMPILATION_CACHE_DIR'] = str(
+  pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax'
+)
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import json
-import pathlib
 import shutil
 import zlib
 
@@ -24,10 +29,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Optimizer steps of the runs that `arguments` describes.
 STEPS = 8
 EMOJI = ROOT / 'examples' / 'emoji'
-CACHE = ROOT / '.pytest_cache' / 'jax'
 
-jax.config.update('jax_compilation_cache_dir', str(CACHE))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 # Grain reads absl flags, which nothing has parsed under pytest.
 flags.FLAGS.mark_as_parsed()
 

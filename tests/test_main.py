@@ -160,8 +160,6 @@ def _start(argv, log, *, devices=2):
   """
   environment = os.environ | {
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-    'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.pytest_cache' / 'jax'),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
     'PYTHONPATH': str(ROOT),
   }
   with log.open('w') as stream:

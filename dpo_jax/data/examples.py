@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.data import picture_check
+from dpo_jax.data import picture_check, threads
 from dpo_jax.data.formats import rows as rows_lib
 
 # Encoded bytes that wait for a thread at most; a row may be larger.
@@ -59,6 +59,7 @@ class ExampleMaker:
 
   def __enter__(self) -> 'ExampleMaker':
     """Starts the threads."""
+    threads.keep_freed_memory()
     self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
     return self
 

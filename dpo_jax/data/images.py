@@ -68,6 +68,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     rgba = image.convert('RGBA')
     white = Image.new('RGBA', rgba.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, rgba).convert('RGB')
+  if image.mode == 'RGB':
+    # As it is: convert would copy it.
+    image.load()
+    return image
   return image.convert('RGB')
 
 

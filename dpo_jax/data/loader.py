@@ -16,6 +16,7 @@ import numpy as np
 
 from dpo_jax.data import images as images_lib
 from dpo_jax.data import pairs as pairs_lib
+from dpo_jax.data import threads
 from dpo_jax.data import tokenizer as tokenizer_lib
 
 Batch = dict[str, np.ndarray]
@@ -24,15 +25,22 @@ _Pictures = tuple[list[np.ndarray], list[tuple[int, int]]]
 
 # Decoded and resized pictures are kept while they fit, in bytes.
 CACHE_BYTES = 256 << 20
-# Batches made ahead, and the threads that make them.
+# Batches made ahead, and the threads that wait for their examples.
 PREFETCH_BATCHES, PREFETCH_THREADS = 2, 2
 
 
 class BatchIterator(Iterator[Batch]):
   """Endless iterator over batches; its state counts those handed out."""
 
-  def __init__(self, dataset: grain.MapDataset, *, examples: int):
-    """`examples`: the number in an epoch."""
+  def __init__(
+    self,
+    dataset: grain.MapDataset,
+    *,
+    examples: int,
+    workers: threads.Threads,
+  ):
+    """`examples`: the number in an epoch; `workers` end with the iterator."""
+    self._workers = workers
     options = grain.ReadOptions(
       num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES
     )
@@ -67,6 +75,7 @@ class BatchIterator(Iterator[Batch]):
   def close(self) -> None:
     """Stops the threads; the iterator cannot be used afterwards."""
     self._batches.close()
+    self._workers.close()
 
 
 def make_pair_loader(
@@ -164,8 +173,9 @@ def _make_loader(
   count = len(examples)
   rows_of = local_rows(count, batch_size, process_index, process_count)
   store = _PictureStore(columns, resolution)
+  workers = threads.Threads()
 
-  def load_example(row: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+  def load_example(row: int, epoch: int, out: np.ndarray) -> np.ndarray:
     example_id = int(examples.ids[row])
     try:
       pictures, originals = store.load(row)
@@ -176,18 +186,17 @@ def _make_loader(
     augmentation = images_lib.draw_augmentation(
       seed, example_id, epoch, random_crop=random_crop, flip=flip
     )
-    return augment(pictures, originals, resolution, augmentation)
+    return augment(pictures, originals, resolution, augmentation, out)
 
   def load(batch: np.ndarray) -> Batch:
     rows, epochs = batch[rows_of].T
     captions = [examples.captions[row] for row in rows]
-    images, sizes = zip(
-      *(load_example(*place) for place in zip(rows, epochs, strict=True)),
-      strict=True,
-    )
+    shape = (len(rows), len(columns), resolution, resolution, 3)
+    images = np.empty(shape, np.uint8)
+    places = zip(rows, epochs, images, strict=True)
     loaded = {
-      'images': np.stack(images),
-      'sizes': np.stack(sizes),
+      'sizes': np.stack(workers.starmap(load_example, places)),
+      'images': images,
       'input_ids': tokenizer.encode(captions)[0],
       'id': examples.ids[rows],
       'epoch': epochs.astype(np.uint32),
@@ -196,7 +205,7 @@ def _make_loader(
 
   # Nothing remains of an endless sequence; else Grain overflows at size 1.
   batches = endless_order(count, seed).batch(batch_size, drop_remainder=True)
-  return BatchIterator(batches.map(load), examples=count)
+  return BatchIterator(batches.map(load), examples=count, workers=workers)
 
 
 def endless_order(
@@ -220,10 +229,12 @@ def augment(
   originals: Sequence[tuple[int, int]],
   resolution: int,
   augmentation: images_lib.Augmentation,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns images uint8 [p, H, W, 3] and their sizes int32 [p, 4].
+  out: np.ndarray,
+) -> np.ndarray:
+  """Writes uint8 [p, H, W, 3] into `out`; returns the sizes int32 [p, 4].
 
-  `pictures` are resized, `originals` are their (height, width) before.
+  `pictures` are resized, `originals` are their (height, width) before. `out`
+  is a part of the batch, so that the pictures are copied once.
   """
   sizes = [
     images_lib.size_conditioning(
@@ -231,8 +242,9 @@ def augment(
     )
     for original, picture in zip(originals, pictures, strict=True)
   ]
-  images = images_lib.shared_crop_flip(pictures, resolution, augmentation)
-  return images, np.array(sizes, np.int32)
+  for place, picture in zip(out, pictures, strict=True):
+    place[:] = images_lib.crop_flip(picture, resolution, augmentation)
+  return np.array(sizes, np.int32)
 
 
 def local_rows(

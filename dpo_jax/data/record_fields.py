@@ -19,6 +19,7 @@ Record = dict[str, np.ndarray | np.generic | bytes]
 _SCORE = re.compile(r'score_[a-z0-9_]{1,60}')
 # A shape out of a folder that is not trusted makes no larger array than this.
 _MAX_ITEMS = 1 << 28
+_INT32 = np.iinfo(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,9 +212,10 @@ def _decode(name: str, entry, field: Field) -> np.ndarray | np.generic | bytes:
     raise ValueError(
       f'{name} holds {len(values)} numbers, not {math.prod(field.shape)}'
     )
-  array = np.array(values, np.float32 if floats else np.int64)
-  if field.dtype == 'int32' and array.size:
-    info = np.iinfo(np.int32)
-    if array.min() < info.min or array.max() > info.max:
+  # As a list, since NumPy takes protobuf's own kind a number at a time.
+  numbers = values[:]
+  if field.dtype == 'int32' and numbers:
+    if min(numbers) < _INT32.min or max(numbers) > _INT32.max:
       raise ValueError(f'{name} does not fit in 32 bits')
+  array = np.array(numbers, np.float32 if floats else np.int64)
   return array.astype(field.dtype).reshape(field.shape)[()]
