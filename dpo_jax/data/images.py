@@ -3,11 +3,10 @@
 import dataclasses
 import hashlib
 import io
-from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 # A header of a few bytes may announce a picture that fills the memory.
 MAX_PIXELS = 1 << 26
@@ -49,6 +48,11 @@ def decode(data: bytes) -> UInt8[np.ndarray, 'H W 3']:
       rgb = _to_rgb(image)
       turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
       return np.asarray(rgb if turn is None else rgb.transpose(turn))
+  except UnidentifiedImageError as error:
+    # Pillow's text holds an address in memory, another one each time.
+    raise ValueError(
+      f'cannot decode image: cannot identify it as {", ".join(FORMATS)}'
+    ) from error
   # Pillow's decoders raise almost anything on damaged bytes.
   except Exception as error:
     reason = ' '.join(str(error).split()) or type(error).__name__
@@ -178,14 +182,3 @@ def size_conditioning(
   if augmentation.flip:
     left = resized[1] - size - left
   return *original, top, left
-
-
-def shared_crop_flip(
-  pictures: Sequence[UInt8[np.ndarray, 'H W 3']],
-  size: int,
-  augmentation: Augmentation,
-) -> UInt8[np.ndarray, 'p size size 3']:
-  """Returns the pictures of one example under the same crop and flip."""
-  return np.stack(
-    [crop_flip(picture, size, augmentation) for picture in pictures]
-  )

@@ -1,23 +1,16 @@
 """report.json for programs and a standalone report.html for people."""
 
-import base64
 import dataclasses
-import functools
-import io
 import json
-import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-import markupsafe
 import numpy as np
 from jaxtyping import Float
-from PIL import Image
 
-from dpo_jax.evaluate import captions, curves, grid
+from dpo_jax.evaluate import captions, curves, grid, pages
 
 MEASURES = ('win_rate', 'style_share', 'retrieval', 'implicit_accuracy')
 NOT_MEASURED = 'not measured in this run'
@@ -90,9 +83,9 @@ def write_report(
     **{k: v for k, v in results.items() if k not in MEASURES},
     'settings': settings,
   }
-  record = _plain(record)
+  record = pages.plain(record)
   page = (
-    _environment()
+    pages.environment()
     .get_template('report.html.j2')
     .render(
       report=record,
@@ -109,8 +102,8 @@ def write_report(
   workdir.mkdir(parents=True, exist_ok=True)
   text = json.dumps(record, indent=2, allow_nan=False) + '\n'
   return (
-    _write_whole(workdir / 'report.json', text),
-    _write_whole(workdir / 'report.html', page),
+    pages.write_whole(workdir / 'report.json', text),
+    pages.write_whole(workdir / 'report.html', page),
   )
 
 
@@ -152,8 +145,8 @@ def _figures(pairs, limit):
   names = {1.0: 'won', 0.0: 'lost', 0.5: 'tied'}
   return [
     {
-      'base': _data_uri(left[i]),
-      'aligned': _data_uri(right[i]),
+      'base': pages.data_uri(left[i]),
+      'aligned': pages.data_uri(right[i]),
       'prompt': captions.shorten(pairs.prompts[i], 160),
       'outcome': names[float(pairs.outcomes[i])]
       if pairs.outcomes is not None
@@ -162,103 +155,3 @@ def _figures(pairs, limit):
     }
     for i in shown
   ]
-
-
-def _data_uri(pixels):
-  """An image for the page: exact PNG when small, else a 384 pixel JPEG."""
-  image, buffer = Image.fromarray(pixels), io.BytesIO()
-  if max(image.size) <= 128:
-    kind = 'png'
-    image.save(buffer, format='PNG', optimize=True)
-  else:
-    kind = 'jpeg'
-    image.thumbnail((384, 384))
-    image.save(buffer, format='JPEG', quality=90)
-  code = base64.b64encode(buffer.getvalue()).decode('ascii')
-  return f'data:image/{kind};base64,{code}'
-
-
-@functools.cache
-def _environment():
-  environment = jinja2.Environment(
-    loader=jinja2.PackageLoader('dpo_jax.evaluate'),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    # Every text that reaches the page, not only captions: a config, too,
-    # can hold a bidi override or half a surrogate pair.
-    finalize=_inert,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  environment.filters.update(
-    percent=_percent,
-    duration=_duration,
-    words=_words,
-    figure=_figure,
-    pretty=_pretty,
-  )
-  return environment
-
-
-def _inert(value):
-  if isinstance(value, markupsafe.Markup) or not isinstance(value, str):
-    return value
-  return captions.printable(value)
-
-
-def _percent(value: float) -> str:
-  return f'{100 * value:.1f}%'
-
-
-def _duration(seconds: float) -> str:
-  if seconds < 60:
-    return f'{seconds:.1f} s'
-  minutes, rest = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f'{hours} h {minutes:02d} min' if hours else f'{minutes} min {rest} s'
-
-
-def _words(key: str) -> str:
-  return key.removesuffix('_bytes').replace('_', ' ')
-
-
-def _figure(value: Any, key: str = '') -> str:
-  """A value of the cost and data tables, in a reader's units."""
-  if isinstance(value, bool) or value is None:
-    return {True: 'yes', False: 'no', None: 'unknown'}[value]
-  if not isinstance(value, (int, float)):
-    return str(value)
-  if key.endswith('_bytes'):
-    scale, unit = (30, 'GiB') if value >= 2**30 else (20, 'MiB')
-    return f'{value / 2**scale:.2f} {unit}'
-  if key.endswith('seconds') or key == 'seconds':
-    return _duration(value)
-  return f'{value:,}' if isinstance(value, int) else f'{value:,.4g}'
-
-
-def _pretty(value: Any) -> str:
-  return json.dumps(value, indent=2, ensure_ascii=False)
-
-
-def _plain(value: Any) -> Any:
-  """JSON's own types; numbers JSON cannot hold become their names."""
-  if isinstance(value, Mapping):
-    return {str(k): _plain(v) for k, v in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [_plain(v) for v in value]
-  if isinstance(value, (str, bool)) or value is None:
-    return value
-  if hasattr(value, '__array__') and not isinstance(value, type):
-    return _plain(np.asarray(value).tolist())
-  if isinstance(value, int):
-    return value
-  if isinstance(value, float):
-    return value if math.isfinite(value) else str(value)
-  return str(value)
-
-
-def _write_whole(path, text):
-  partial = path.with_name(path.name + '.partial')
-  partial.write_bytes(text.encode('utf-8', 'backslashreplace'))
-  os.replace(partial, path)
-  return path
