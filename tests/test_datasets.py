@@ -78,6 +78,11 @@ def test_prompts_are_distinct_held_out_captions(tmp_path):
   assert data.find_prompts(3) == prompts[:3]
   # The order is that of the caption's own hash.
   assert prompts == sorted(prompts, key=rows_lib.split_hash)
+  # Whichever folder a caption is in.
+  more = write(tmp_path / 'b', range(40, 80))
+  both = datasets.open_prepared([more, folder], holdout=0.5).find_prompts(100)
+  assert both == sorted(both, key=rows_lib.split_hash)
+  assert set(prompts) < set(both)
   everything = datasets.open_prepared([folder])
   assert everything.train[0].rows is None
   assert len(everything.find_prompts(100)) == 20
