@@ -115,11 +115,20 @@ def read_parquet(
     train=train,
     held=held,
     counts=counts,
-    fingerprint=hashlib.sha256(examples.ids.tobytes()).hexdigest(),
+    fingerprint=_hash_examples(examples),
     find_prompts=lambda count: sorted(ids, key=lambda c: ids[c])[:count],
     all_images=images,
     held_images=held_images,
   )
+
+
+def _hash_examples(examples) -> str:
+  """Of captions and pictures, and of which won: ids do not tell that."""
+  digest = hashlib.sha256(examples.ids.tobytes())
+  for name in ('winners', 'losers', 'images'):
+    for data in getattr(examples, name, ()):
+      digest.update(hashlib.sha256(data).digest())
+  return digest.hexdigest()
 
 
 def _split(examples, holdout: float):

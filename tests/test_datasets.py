@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import prepared_pairs
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dpo_jax import datasets
@@ -172,8 +174,17 @@ def test_other_data_have_another_fingerprint(tmp_path, tiny_pairs):
   ]
   # ArrayRecord writes no time, so that equal records are equal files.
   assert prints[0] == prints[1] != prints[2]
+  table = pq.read_table(tiny_pairs)
+  labels = table['label_0'].to_pylist()
+  # Another outcome of the same pairs.
+  turned = pa.array([1.0 - label for label in labels])
+  column = table.column_names.index('label_0')
+  path = str(tmp_path / 'turned.parquet')
+  pq.write_table(table.set_column(column, 'label_0', turned), path)
   read = datasets.read_parquet
+  other = read([path], holdout=0, paired=True).fingerprint
   print_of = read([str(tiny_pairs)], holdout=0, paired=True).fingerprint
+  assert print_of != other
   assert (
     print_of == read([str(tiny_pairs)], holdout=0.4, paired=True).fingerprint
   )
