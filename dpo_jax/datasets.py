@@ -24,6 +24,8 @@ from dpo_jax.data.formats import rows as rows_lib
 
 Sources = tuple[record_loader.Source, ...]
 Examples = pairs.Pairs | pairs.CaptionedImages | Sources
+# What a prepared folder may hold to train on.
+_KINDS = ('pairs', 'likes')
 # Counts of a build report that a run's report repeats, under these names.
 _REPORTED = {
   'rows': 'rows',
@@ -76,9 +78,6 @@ def split_paths(text: str) -> list[str]:
 def is_prepared(path: str) -> bool:
   """Whether dpo_jax.tools.prepare wrote this folder."""
   return any((pathlib.Path(path) / kind).is_dir() for kind in _KINDS)
-
-
-_KINDS = ('pairs', 'likes')
 
 
 def read_parquet(

@@ -45,7 +45,7 @@ def keep_freed_memory() -> None:
   """Lets decoded pictures reuse memory that others left.
 
   glibc maps blocks above a threshold afresh and gives them back at once, a
-  page fault for every 4 kB of a picture: almost half the time of decoding. It
-  raises the threshold to the largest such block that was ever freed.
+  page fault for every 4 kB of a picture. It raises the threshold to the largest
+  such block that was ever freed.
   """
   np.empty(_HEAP_BYTES, np.uint8)

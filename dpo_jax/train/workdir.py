@@ -73,8 +73,13 @@ class Workdir:
     self.path.mkdir(parents=True, exist_ok=True)
     self._take_lock()
     path = self.path / 'config.json'
-    if path.exists():
-      self._compare(path)
+    try:
+      if path.exists():
+        self._compare(path)
+    except BaseException:
+      # __exit__ is not called after this.
+      self._lock.close()
+      raise
     return self
 
   def __exit__(self, *unused):

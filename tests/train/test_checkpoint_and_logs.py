@@ -108,8 +108,10 @@ def test_workdir_refuses_another_config_by_key(tmp_path):
   with workdir.Workdir(tmp_path, config=first):
     pass
   changed = {'seed': 0, 'optim': {'lr': 2e-3}, 'eval': {'num_steps': 5}}
+  # Kept, so that it is not the garbage collector that frees the lock.
+  refused = workdir.Workdir(tmp_path, config=changed)
   with pytest.raises(ValueError, match=r'optim\.lr: 0\.001 -> 0\.002'):
-    workdir.Workdir(tmp_path, config=changed).__enter__()
+    refused.__enter__()
   # How it is evaluated may change.
   free = {'seed': 0, 'optim': {'lr': 1e-3}, 'eval': {'num_steps': 9}}
   with workdir.Workdir(tmp_path, config=free) as place:
