@@ -20,6 +20,7 @@ setuptools.setup(
   install_requires=[
     'absl-py>=2.1',
     'array_record>=0.8',
+    'etils[epath]>=1.9',
     'flax>=0.12.8',
     'grain>=0.2.18',
     'jax>=0.10.2',

@@ -267,15 +267,19 @@ def build(config: ml_collections.ConfigDict) -> Job:
   if data.all_images is not None:
     cut = _count_cut(tokenizer, data.all_images.captions)
     counts = counts | {'captions_cut': cut}
-  sizes = {'seed': config.seed, 'resolution': config.data.resolution}
+  # Each process loads its part of every batch, in evaluation too.
+  sizes = {
+    'seed': config.seed,
+    'resolution': config.data.resolution,
+    'process_index': jax.process_index(),
+    'process_count': jax.process_count(),
+  }
   loader = datasets.make_loader(
     data.train,
     tokenizer,
     batch_size=config.train.batch_size,
     random_crop=config.data.random_crop,
     flip=config.data.flip,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
     **sizes,
   )
   held_batches = datasets.make_held_batches(

@@ -341,8 +341,13 @@ def make_held_batches(
   batch_size: int,
   seed: int,
   resolution: int,
+  process_index: int = 0,
+  process_count: int = 1,
 ) -> Callable[..., Iterator[tuple[loader.Batch, int]]]:
-  """epoch -> each held-out example once, as (batch, number of valid rows)."""
+  """epoch -> each held-out example once, as (batch, number of valid rows).
+
+  The batch is this process's rows, the number is of the whole batch.
+  """
   # One source after the other: a mixture repeats some before it ends.
   parts = examples if isinstance(examples, tuple) else (examples,)
 
@@ -355,6 +360,8 @@ def make_held_batches(
       resolution=resolution,
       random_crop=False,
       flip=False,
+      process_index=process_index,
+      process_count=process_count,
     )
     left = len(part)
     try:

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import resource
-import sys
 import time
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dpo_jax
-from dpo_jax import build, loading, sharding, trees, types
+from dpo_jax import build, distributed, loading, sharding, trees, types
 from dpo_jax import stable_diffusion as sd_lib
 from dpo_jax.data import images as images_lib
 from dpo_jax.evaluate import (
@@ -25,12 +24,14 @@ from dpo_jax.evaluate import (
 )
 from dpo_jax.train import loop, progress
 from dpo_jax.train import state as state_lib
-from dpo_jax.train import step as step_lib
 from dpo_jax.weights import classifiers
 
 
 def finish(job: build.Job, result: loop.Result, path: pathlib.Path) -> None:
-  """Exports and evaluates the finished run in its workdir `path`."""
+  """Exports and evaluates the finished run in its workdir `path`.
+
+  With several processes all compute and process 0 writes.
+  """
   finishers = {
     'preference': _finish_preference,
     'denoise': _finish_denoise,
@@ -44,17 +45,19 @@ def finish(job: build.Job, result: loop.Result, path: pathlib.Path) -> None:
   }
   _write_json(path / 'final.json', digest)
   finishers[job.record['task']](job, result, path)
-  print(f'done: {path}', file=sys.stderr)
+  distributed.say(f'done: {path}')
 
 
 def _write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
+  if not distributed.is_primary():
+    return
   temporary = path.with_suffix('.tmp')
   temporary.write_text(json.dumps(record, indent=2) + '\n')
   temporary.replace(path)
 
 
 def _trained(result: loop.Result) -> types.Params:
-  return jax.device_get(state_lib.final_params(result.state))
+  return jax.tree.map(trees.fetch, state_lib.final_params(result.state))
 
 
 def _pictures(encoded: list[bytes], resolution: int) -> np.ndarray:
@@ -77,6 +80,9 @@ def _as_float(images: np.ndarray) -> np.ndarray:
 
 
 def _finish_classify(job, result, path):
+  params = _trained(result)['classifier']
+  if not distributed.is_primary():
+    return
   classifiers.save(
     path / 'export',
     config={
@@ -85,13 +91,25 @@ def _finish_classify(job, result, path):
       'palette': list(job.record['classifier']['palette']),
       'image_size': job.record['data']['resolution'],
     },
-    params=_trained(result)['classifier'],
+    params=params,
   )
+
+
+def _save_model(job, path, trained):
+  if distributed.is_primary():
+    loading.save_model(
+      path / 'export',
+      job.opened,
+      trained,
+      dtype=job.record['export']['dtype'],
+    )
 
 
 def _finish_autoencode(job, result, path):
   """Exports the VAE with the scaling factor its latents ask for."""
   params = _trained(result)['vae']
+  if not distributed.is_primary():
+    return
   resolution = job.record['data']['resolution']
   pictures = _as_float(_pictures(job.data.held_images.images, resolution))
   encode = jax.jit(
@@ -188,14 +206,11 @@ def _quality(job: build.Job, images, captions) -> dict[str, float]:
 
 def _finish_denoise(job, result, path):
   trained = _trained(result)
-  loading.save_model(
-    path / 'export',
-    job.opened,
-    trained,
-    dtype=job.record['export']['dtype'],
-  )
+  _save_model(job, path, trained)
   captions, seeds = _prompts(job)
   images = _make_sampler(job, captions, seeds)(job.opened.params | trained)
+  if not distributed.is_primary():
+    return
   quality = _quality(job, images, captions) | {
     'n': len(captions),
     'settings': job.record['eval'],
@@ -228,12 +243,7 @@ def _finish_denoise(job, result, path):
 def _finish_preference(job, result, path):
   started = time.monotonic()
   trained = _trained(result)
-  loading.save_model(
-    path / 'export',
-    job.opened,
-    trained,
-    dtype=job.record['export']['dtype'],
-  )
+  _save_model(job, path, trained)
   captions, seeds = _prompts(job)
   sample = _make_sampler(job, captions, seeds)
   with progress.Progress(0, 3, label='evaluate') as bar:
@@ -243,6 +253,8 @@ def _finish_preference(job, result, path):
     bar.update(2, {})
     accuracy = _implicit_accuracy(job, trained)
     bar.update(3, {})
+  if not distributed.is_primary():
+    return
   results, outcomes = _compare(job, base, aligned, captions)
   results['implicit_accuracy'] = accuracy['value']
   results['implicit_accuracy_interval'] = accuracy
@@ -273,7 +285,7 @@ def _finish_preference(job, result, path):
 def _implicit_accuracy(job: build.Job, trained) -> dict[str, Any]:
   """Share of held-out pairs whose winner has the larger implicit reward."""
   task = job.loop_arguments['task']
-  eval_step = jax.jit(step_lib.make_eval_step(task.evaluators['pairs']))
+  eval_step = loop.make_per_example(task.evaluators['pairs'], job.mesh)
   frozen, params = (
     jax.device_put(tree, sharding.state_shardings(tree, job.mesh))
     for tree in (task.frozen, trained)
@@ -281,8 +293,7 @@ def _implicit_accuracy(job: build.Job, trained) -> dict[str, Any]:
   key = jax.random.key(job.record['seed'])
 
   def margins(batch):
-    placed = sharding.put_batch(batch, job.mesh)
-    return eval_step(params, frozen, placed, key)['reward/margin']
+    return eval_step(params, frozen, batch, key)['reward/margin']
 
   return implicit.accuracy(
     margins, job.held_batches, draws=job.record['eval']['num_draws']
@@ -328,7 +339,7 @@ def _cost(job, result, evaluation_seconds) -> dict[str, Any]:
   trained = max(1e-9, result.seconds - result.compile_seconds)
   batch = job.record['train']['batch_size']
   devices = list(job.mesh.devices.flat)
-  stats_of = devices[0].memory_stats() or {}
+  stats_of = jax.local_devices()[0].memory_stats() or {}
   host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   return {
     'train_seconds': round(result.seconds, 1),

@@ -5,6 +5,7 @@ import hashlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from dpo_jax import types
 
@@ -38,6 +39,18 @@ def num_bytes(tree: types.PyTree) -> int:
   )
 
 
+def fetch(leaf: jax.Array | np.ndarray) -> np.ndarray:
+  """A leaf on the host, whole also where processes share it.
+
+  All processes must call it then.
+  """
+  if isinstance(leaf, jax.Array) and not (
+    leaf.is_fully_addressable or leaf.is_fully_replicated
+  ):
+    leaf = multihost_utils.process_allgather(leaf, tiled=True)
+  return np.asarray(leaf)
+
+
 def global_norm(tree: types.PyTree) -> jax.Array:
   """Euclidean norm over all leaves, summed in float32."""
   squares = [
@@ -59,7 +72,7 @@ def digest(tree: types.PyTree) -> str:
       leaf.dtype, jax.dtypes.prng_key
     ):
       leaf = jax.random.key_data(leaf)
-    array = np.asarray(leaf)
+    array = fetch(leaf)
     header = f'{leaf_name(path)} {array.dtype} {array.shape}\n'
     sha.update(header.encode())
     sha.update(np.ascontiguousarray(array).tobytes())

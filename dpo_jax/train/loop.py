@@ -12,12 +12,14 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from dpo_jax import keys as keys_lib
 from dpo_jax import sharding, types
 from dpo_jax import task as task_lib
 from dpo_jax.train import checkpoint as checkpoint_lib
 from dpo_jax.train import metrics as metrics_lib
+from dpo_jax.train import preemption
 from dpo_jax.train import progress as progress_lib
 from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
@@ -67,6 +69,29 @@ class Result:
   steps: int
 
 
+def make_per_example(
+  loss_fn: task_lib.LossFn, mesh: jax.sharding.Mesh
+) -> Callable[..., dict[str, np.ndarray]]:
+  """evaluate(params, frozen, batch, key) -> metrics [b] of the whole batch.
+
+  batch: this process's rows, [b_local, ...]. All processes call it and get
+  all rows, in the loader's order: that of the devices may be another one.
+  """
+  whole = sharding.replicated(mesh)
+  eval_step = jax.jit(step_lib.make_eval_step(loss_fn), out_shardings=whole)
+  gather = jax.jit(lambda rows: rows, out_shardings=whole)
+
+  def evaluate(params, frozen, batch, key):
+    values = eval_step(params, frozen, sharding.put_batch(batch, mesh), key)
+    count = len(batch['id'])
+    rows = np.arange(count, dtype=np.int32) + jax.process_index() * count
+    rows = gather(sharding.put_batch({'rows': rows}, mesh)['rows'])
+    order = np.argsort(np.asarray(rows))
+    return {name: np.asarray(value)[order] for name, value in values.items()}
+
+  return evaluate
+
+
 def _check_finite(
   pending: tuple, workdir: pathlib.Path, last_saved: int | None
 ) -> None:
@@ -79,15 +104,17 @@ def _check_finite(
   ]
   if not names:
     return
-  ids = keys_lib.id_numbers(batch['id'])
+  ids, epochs = (_all_rows(batch[name]) for name in ('id', 'epoch'))
+  ids = keys_lib.id_numbers(ids)
   path = workdir / f'nonfinite_step_{step}.json'
   record = {
     'step': step,
     'bad': names,
     'ids': ids,
-    'epochs': [int(value) for value in batch['epoch']],
+    'epochs': epochs.tolist(),
   }
-  path.write_text(json.dumps(record) + '\n')
+  if jax.process_index() == 0:
+    path.write_text(json.dumps(record) + '\n')
   shown = ', '.join(map(str, ids[:8])) + (' ...' if len(ids) > 8 else '')
   kept = 'no checkpoint yet' if last_saved is None else f'step {last_saved}'
   raise NonFiniteLossError(
@@ -97,26 +124,34 @@ def _check_finite(
   )
 
 
+def _all_rows(rows: np.ndarray) -> np.ndarray:
+  """The rows of all processes, in the loader's order."""
+  if jax.process_count() == 1:
+    return rows
+  return multihost_utils.process_allgather(rows, tiled=True)
+
+
 def evaluate(
   eval_step: Callable,
   params: types.Params,
   frozen: types.PyTree,
   batches: Iterable[tuple[dict[str, np.ndarray], int]],
   key: types.Key,
-  mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
-  """Means over (batch, number of valid rows); padding rows are cut off."""
+  """Means over (batch, number of valid rows); padding rows are cut off.
+
+  eval_step: as make_per_example makes it.
+  """
   window = metrics_lib.Window()
   for batch, valid in batches:
-    values = eval_step(params, frozen, sharding.put_batch(batch, mesh), key)
-    values = {name: np.asarray(value) for name, value in values.items()}
+    values = eval_step(params, frozen, batch, key)
     for row in range(valid):
       window.add({name: float(value[row]) for name, value in values.items()})
   return window.take()
 
 
 def _restore_or_start(task, optimizer, options, mesh, checkpointer, loader):
-  """State on the mesh, and the loader at its position."""
+  """State on the mesh and the log window; the loader is at its position."""
 
   def init(params):
     return state_lib.init_state(
@@ -126,7 +161,7 @@ def _restore_or_start(task, optimizer, options, mesh, checkpointer, loader):
   shapes = jax.eval_shape(init, task.params)
   placement = sharding.state_shardings(shapes, mesh)
   if checkpointer.latest_step() is None:
-    return jax.jit(init, out_shardings=placement)(task.params)
+    return jax.jit(init, out_shardings=placement)(task.params), {}
   target = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=place
@@ -134,17 +169,17 @@ def _restore_or_start(task, optimizer, options, mesh, checkpointer, loader):
     shapes,
     placement,
   )
-  state, position = checkpointer.restore(target)
-  loader.set_state(position)
-  return state
+  state, record = checkpointer.restore(target)
+  loader.set_state(record['position'])
+  return state, record['window']
 
 
 class _Log:
   """Means over the log window, the rates, and who writes them."""
 
-  def __init__(self, workdir, *, first, options, schedule):
+  def __init__(self, workdir, *, first, window, options, schedule):
     self._writer = metrics_lib.Writer(workdir, step=first)
-    self._window = metrics_lib.Window()
+    self._window = metrics_lib.Window(window)
     self._options, self._schedule = options, schedule
     self._started = time.monotonic()
     self.restart_clock(first)
@@ -155,6 +190,10 @@ class _Log:
 
   def add(self, metrics):
     self._window.add({name: float(value) for name, value in metrics.items()})
+
+  def window(self):
+    """What a run that goes on from here must know of the window."""
+    return self._window.values()
 
   def write(self, step) -> dict[str, float]:
     """Writes and returns the window's means."""
@@ -183,19 +222,38 @@ class _Log:
 def _make_evaluate(task, frozen, eval_batches, key, mesh):
   """state -> metrics `eval/NAME/...` of all the task's evaluators."""
   steps = {
-    name: jax.jit(step_lib.make_eval_step(fn))
-    for name, fn in task.evaluators.items()
+    name: make_per_example(fn, mesh) for name, fn in task.evaluators.items()
   }
 
   def run_all(state):
     params = state_lib.final_params(state)
     values = {}
     for name, fn in steps.items():
-      means = evaluate(fn, params, frozen, eval_batches(), key, mesh)
+      means = evaluate(fn, params, frozen, eval_batches(), key)
       values |= {f'eval/{name}/{k}': v for k, v in means.items()}
     return values
 
   return run_all
+
+
+def _place(frozen, seed, mesh):
+  """What the step takes beside the state, on the mesh."""
+  make_key = jax.jit(
+    lambda: jax.random.key(seed), out_shardings=sharding.replicated(mesh)
+  )
+  placement = sharding.state_shardings(frozen, mesh)
+  return jax.device_put(frozen, placement), make_key()
+
+
+def _make_train_step(task, optimizer, options, state):
+  step_fn = step_lib.make_step(
+    task.loss,
+    optimizer,
+    accumulate=options.accumulate,
+    ema_decay=options.ema_decay,
+  )
+  placement = jax.tree.map(lambda leaf: leaf.sharding, state)
+  return jax.jit(step_fn, donate_argnums=0, out_shardings=(placement, None))
 
 
 def run(
@@ -208,36 +266,29 @@ def run(
   options: Options,
   mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
+  should_stop: Callable[[int], bool] = lambda step: False,
 ) -> Result:
   """Trains to `options.num_steps`, continuing from the newest checkpoint.
 
   Stops with NonFiniteLossError within one step of a NaN; the checkpoint
   before it stays. Everything is logged at step multiples of log_every as the
-  mean over the window.
+  mean over the window. should_stop(step): asked after every step but the
+  last; where it is true, in all processes, the step is saved and Preempted
+  raised.
   """
   checkpointer = checkpoint_lib.Checkpointer(
     workdir, every=options.checkpoint_every, keep=options.keep
   )
-  state = _restore_or_start(
+  state, window = _restore_or_start(
     task, optimizer, options, mesh, checkpointer, loader
   )
   first, last_saved = int(state.step), checkpointer.latest_step()
-  frozen = jax.device_put(
-    task.frozen, sharding.state_shardings(task.frozen, mesh)
-  )
-  key = jax.device_put(jax.random.key(options.seed), sharding.replicated(mesh))
-  step_fn = step_lib.make_step(
-    task.loss,
-    optimizer,
-    accumulate=options.accumulate,
-    ema_decay=options.ema_decay,
-  )
-  placement = jax.tree.map(lambda leaf: leaf.sharding, state)
-  train_step = jax.jit(
-    step_fn, donate_argnums=0, out_shardings=(placement, None)
-  )
+  frozen, key = _place(task.frozen, options.seed, mesh)
+  train_step = _make_train_step(task, optimizer, options, state)
   evaluate_all = _make_evaluate(task, frozen, eval_batches, key, mesh)
-  log = _Log(workdir, first=first, options=options, schedule=schedule)
+  log = _Log(
+    workdir, first=first, window=window, options=options, schedule=schedule
+  )
   started = time.monotonic()
   compile_seconds, pending = 0.0, None
   # However the loop ends, a save under way is finished first.
@@ -256,6 +307,7 @@ def run(
         jax.block_until_ready(metrics)
         compile_seconds = time.monotonic() - before
         log.restart_clock(step)
+      checkpointer.check()
       # One step late, so that the device always has work queued.
       _settle(pending, log, workdir, last_saved)
       pending = (step, metrics, batch)
@@ -267,10 +319,15 @@ def run(
       if due:
         progress.update(step, log.write(step))
       if checkpointer.due(step, last=last):
-        checkpointer.save(step, state, loader.get_state())
+        checkpointer.save(step, state, _record(loader, log))
         last_saved = step
       if last or (options.eval_every and step % options.eval_every == 0):
         log.write_eval(step, evaluate_all(state))
+      if not last and should_stop(step):
+        _settle(pending, log, workdir, last_saved)
+        checkpointer.save(step, state, _record(loader, log))
+        checkpointer.wait()
+        raise preemption.Preempted(step)
   jax.block_until_ready(state)
   return Result(
     state=state,
@@ -279,6 +336,11 @@ def run(
     compile_seconds=compile_seconds,
     steps=options.num_steps - first,
   )
+
+
+def _record(loader, log):
+  """What is saved beside the state, as JSON types."""
+  return {'position': loader.get_state(), 'window': log.window()}
 
 
 def _settle(pending, log, workdir, last_saved):

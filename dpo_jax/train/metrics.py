@@ -4,16 +4,24 @@ import json
 import math
 import pathlib
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
+import jax
 import tensorboardX
 
 
 class Window:
   """Mean of each metric over the steps since the last log line."""
 
-  def __init__(self):
-    """Starts empty."""
+  def __init__(self, values: Mapping[str, Sequence[float]] | None = None):
+    """Starts with the `values` of another window, by default empty."""
     self._values = defaultdict(list)
+    for name, numbers in (values or {}).items():
+      self._values[name] = list(numbers)
+
+  def values(self) -> dict[str, list[float]]:
+    """What was added since the last line, as JSON types."""
+    return {name: list(numbers) for name, numbers in self._values.items()}
 
   def add(self, metrics: dict[str, float]) -> None:
     """Adds one step; NaN (no example had the metric) is left out."""
@@ -56,7 +64,13 @@ class Writer:
   """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard/`."""
 
   def __init__(self, workdir: pathlib.Path, *, step: int):
-    """Continues after `step`; later lines of an interrupted run go."""
+    """Continues after `step`; later lines of an interrupted run go.
+
+    Only process 0 writes; the others may call it all the same.
+    """
+    self._on = jax.process_index() == 0
+    if not self._on:
+      return
     path = pathlib.Path(workdir) / 'metrics.jsonl'
     trim(path, step)
     self._file = path.open('a', encoding='utf-8')
@@ -66,6 +80,8 @@ class Writer:
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """One JSON object on a line of its own, flushed."""
+    if not self._on:
+      return
     self._file.write(json.dumps({'step': step, **values}) + '\n')
     self._file.flush()
     for name, value in values.items():
@@ -73,5 +89,6 @@ class Writer:
 
   def close(self) -> None:
     """Flushes and closes both."""
-    self._file.close()
-    self._board.close()
+    if self._on:
+      self._file.close()
+      self._board.close()

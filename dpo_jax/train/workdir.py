@@ -8,6 +8,8 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 # May differ when a run continues: they change no number of the training.
 FREE_KEYS = frozenset(
   {
@@ -52,17 +54,27 @@ def _write_json(path: pathlib.Path, record: Mapping[str, Any]) -> None:
 
 
 class Workdir:
-  """Holds the folder for one process at a time.
+  """Holds the folder for one run at a time.
 
   The lock is the operating system's (it goes with the process, however that
-  ends); the file says who holds it.
+  ends); the file says who holds it. Of several processes only process 0
+  locks, compares and writes.
   """
 
   def __init__(self, folder: str | os.PathLike, *, config: Mapping[str, Any]):
-    """`config`: the resolved config as JSON types."""
+    """`config`: the resolved config as JSON types.
+
+    Raises ValueError for an address such as gs://, which is no folder.
+    """
+    if '://' in os.fspath(folder):
+      raise ValueError(
+        f'--workdir={folder}: must be a folder; mount the bucket (gcsfuse) or '
+        'use a file system that all hosts share'
+      )
     self.path = pathlib.Path(folder)
     self._config = config
     self._lock = None
+    self._on = jax.process_index() == 0
 
   def __enter__(self):
     """Makes or opens the folder.
@@ -70,6 +82,8 @@ class Workdir:
     Raises ValueError when another run is in it, or when it was written by
     another config: names each key with its old and new value.
     """
+    if not self._on:
+      return self
     self.path.mkdir(parents=True, exist_ok=True)
     self._take_lock()
     path = self.path / 'config.json'
@@ -84,7 +98,8 @@ class Workdir:
 
   def __exit__(self, *unused):
     """Lets the folder go."""
-    self._lock.close()
+    if self._on:
+      self._lock.close()
 
   def keep_config(self) -> None:
     """Writes config.json; once this is done another config is refused.
@@ -92,7 +107,8 @@ class Workdir:
     Called when the config is known to work, so that one that does not can be
     mended in the same folder.
     """
-    _write_json(self.path / 'config.json', self._config)
+    if self._on:
+      _write_json(self.path / 'config.json', self._config)
 
   def pin(self, name: str, record: Mapping[str, Any]) -> None:
     """Writes NAME.json once; raises ValueError when it says otherwise later.
@@ -100,6 +116,8 @@ class Workdir:
     For what is known only after the start, such as the revision of a model or
     a hash of the data.
     """
+    if not self._on:
+      return
     path = self.path / f'{name}.json'
     if path.exists():
       old = json.loads(path.read_text())
@@ -150,4 +168,7 @@ class Workdir:
 
   def describe(self, devices: Sequence) -> str:
     """One line for the start of a run."""
-    return f'workdir {self.path}, {len(devices)} x {devices[0].device_kind}'
+    count = jax.process_count()
+    shared = f', {count} processes' if count > 1 else ''
+    kind = devices[0].device_kind
+    return f'workdir {self.path}, {len(devices)} x {kind}{shared}'

@@ -28,7 +28,7 @@ def run_folder(tiny_folder, tmp_path):
   for step in (1, 2):
     state = state_lib.init_state(params, optax.sgd(0.1), use_ema=True)
     ema = jax.tree.map(lambda leaf, n=step: 0.0 * leaf + n, state.ema)
-    keeper.save(step, state.replace(ema=ema), 0)
+    keeper.save(step, state.replace(ema=ema), {})
   keeper.close()
   return workdir
 
@@ -62,7 +62,7 @@ def test_without_a_running_mean_the_parameters_are_written(
   params = {'unet': {'a': np.arange(3.0, dtype=np.float32)}}
   keeper = checkpoint.Checkpointer(tmp_path / 'plain', every=1, keep=3)
   state = state_lib.init_state(params, optax.adam(0.1), use_ema=False)
-  keeper.save(5, state, 0)
+  keeper.save(5, state, {})
   keeper.close()
   found, step = checkpoint.restore_params(tmp_path / 'plain')
   assert step == 5
