@@ -139,6 +139,12 @@ def get_config() -> ml_collections.ConfigDict:
   c.mesh.data = -1
   # Shards parameters, optimizer state and EMA as well as the batch.
   c.mesh.fsdp = 1
+  # Splits attention and feed-forward layers: for where one pair a device is
+  # still too much. Slower than fsdp.
+  c.mesh.tensor = 1
+  # Slices of a multi-slice TPU (or hosts joined by a slow network) that data
+  # is spread over; a divisor of data. fsdp and tensor stay within a slice.
+  c.mesh.dcn_data = 1
 
   c.eval = ml_collections.ConfigDict()
   # Held-out captions to draw from at the end, and images for each.

@@ -3,15 +3,18 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
-from dpo_jax import caching, datasets, limits, loading, sharding
+from dpo_jax import caching, datasets, limits, loading, sharding, types
+from dpo_jax import stable_diffusion as sd_lib
+from dpo_jax import task as task_lib
 from dpo_jax.data import cached
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.evaluate import judge as judge_lib
@@ -66,9 +69,25 @@ def _load_judge(config) -> judge_lib.StyleJudge | None:
   )
 
 
-def _make_task(config, opened, data):
-  """The task of a diffusion model."""
-  model, params = opened.model, opened.params
+def make_task(
+  config: ml_collections.ConfigDict,
+  *,
+  mesh: jax.sharding.Mesh,
+  model: sd_lib.StableDiffusion,
+  params: dict[str, types.Params],
+  empty_ids: np.ndarray,
+  empty_cond: Mapping[str, np.ndarray] | None,
+) -> task_lib.Task:
+  """The task of a diffusion model, its activations split over the mesh.
+
+  params: may be shapes, if nothing is computed with them. empty_ids and
+  empty_cond: as tasks.inputs.Inputs takes them.
+  """
+  task = _make_task(config, model, params, empty_ids, empty_cond)
+  return _over(mesh, task)
+
+
+def _make_task(config, model, params, empty_ids, empty_cond):
   if config.task == 'autoencode':
     return autoencode.make_task(
       model=model,
@@ -79,7 +98,7 @@ def _make_task(config, opened, data):
   inputs = inputs_lib.Inputs(
     model=model,
     resolution=config.data.resolution,
-    empty_ids=opened.tokenizers.encode([''])[0][0],
+    empty_ids=empty_ids,
     prompt_dropout=config.data.prompt_dropout,
     dropped_prompt=config.data.dropped_prompt,
     micro_cond=config.data.micro_cond,
@@ -90,7 +109,7 @@ def _make_task(config, opened, data):
       only=tuple(config.noise.timesteps),
     ),
     posterior=config.data.posterior,
-    empty_cond=data.cache and data.cache.empty,
+    empty_cond=empty_cond,
   )
   if config.task == 'denoise':
     return denoise.make_task(
@@ -128,7 +147,20 @@ def _make_classify(config, style_names):
   )
 
 
-def _make_optimizer(config):
+def _over(mesh, task):
+  """The task with its networks' activations split over the mesh."""
+  return dataclasses.replace(
+    task,
+    loss=sharding.over(mesh, task.loss),
+    evaluators={
+      name: sharding.over(mesh, fn) for name, fn in task.evaluators.items()
+    },
+  )
+
+
+def make_optimizer(
+  config: ml_collections.ConfigDict,
+) -> tuple[optax.GradientTransformation, Callable[[int], float]]:
   """(optimizer, schedule of its rate)."""
   schedule = optimizer_lib.make_schedule(
     name=config.optim.schedule,
@@ -148,19 +180,48 @@ def _make_optimizer(config):
   return optimizer, schedule
 
 
-def _make_mesh(config):
-  """The mesh, once the batch sizes are known to fit it."""
-  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-  devices = mesh.devices.size
+def make_mesh(
+  config: ml_collections.ConfigDict,
+  devices: Sequence[jax.Device] | None = None,
+) -> jax.sharding.Mesh:
+  """The mesh, once the batch size is known to fit it.
+
+  Raises ValueError naming the size that does not.
+  """
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  ways = sharding.batch_ways(mesh)
   sharding.check_batch_size(
-    config.train.batch_size, config.train.accumulate, devices
+    config.train.batch_size, config.train.accumulate, ways
   )
-  if config.eval.batch_size % devices:
+  return mesh
+
+
+def _make_options(config):
+  """The loop's numbers."""
+  return loop_lib.Options(
+    seed=config.seed,
+    ema_decay=config.optim.ema_decay,
+    **{
+      name: config.train[name]
+      for name in (
+        'num_steps',
+        'batch_size',
+        'accumulate',
+        'log_every',
+        'eval_every',
+        'checkpoint_every',
+        'keep',
+      )
+    },
+  )
+
+
+def _check_eval_batch(config, ways):
+  if config.eval.batch_size % ways:
     raise ValueError(
       f'eval.batch_size={config.eval.batch_size} is not divisible by '
-      f'{devices} devices; use a multiple of {devices}'
+      f'{ways} devices; use a multiple of {ways}'
     )
-  return mesh
 
 
 def _open(config, mesh):
@@ -253,17 +314,26 @@ def build(config: ml_collections.ConfigDict) -> Job:
   Raises ValueError naming file and reason for bad weights or data, and for
   sizes that do not fit the devices.
   """
-  mesh = _make_mesh(config)
+  mesh = make_mesh(config)
+  _check_eval_batch(config, sharding.batch_ways(mesh))
   data = _read_data(config)
   counts, opened = data.counts, None
   if config.task == 'classify':
     tokenizer = _NoTokenizer()
     task = _make_classify(config, data.all_images.style_names)
+    task = _over(mesh, task)
   else:
     opened = _open(config, mesh)
     _check_caches(data, opened)
     tokenizer = opened.tokenizers
-    task = _make_task(config, opened, data)
+    task = make_task(
+      config,
+      mesh=mesh,
+      model=opened.model,
+      params=opened.params,
+      empty_ids=tokenizer.encode([''])[0][0],
+      empty_cond=data.cache and data.cache.empty,
+    )
   if data.all_images is not None:
     cut = _count_cut(tokenizer, data.all_images.captions)
     counts = counts | {'captions_cut': cut}
@@ -285,23 +355,7 @@ def build(config: ml_collections.ConfigDict) -> Job:
   held_batches = datasets.make_held_batches(
     data.held, tokenizer, batch_size=config.eval.batch_size, **sizes
   )
-  optimizer, schedule = _make_optimizer(config)
-  options = loop_lib.Options(
-    seed=config.seed,
-    ema_decay=config.optim.ema_decay,
-    **{
-      name: config.train[name]
-      for name in (
-        'num_steps',
-        'batch_size',
-        'accumulate',
-        'log_every',
-        'eval_every',
-        'checkpoint_every',
-        'keep',
-      )
-    },
-  )
+  optimizer, schedule = make_optimizer(config)
   source = opened and opened.source
   return Job(
     record=limits.validate(config) | {'source': source},
@@ -315,7 +369,7 @@ def build(config: ml_collections.ConfigDict) -> Job:
       'schedule': schedule,
       'loader': loader,
       'eval_batches': held_batches,
-      'options': options,
+      'options': _make_options(config),
       'mesh': mesh,
     },
     mesh=mesh,

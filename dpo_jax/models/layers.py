@@ -11,9 +11,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from dpo_jax import types
+from dpo_jax import sharding, types
 
 Features = Float[Array, 'n h w c']
+
+
+class Conv(nn.Conv):
+  """nn.Conv whose output is split over the mesh as the batch is."""
+
+  def __call__(self, inputs: Features) -> Features:
+    return sharding.split_batch(super().__call__(inputs))
 
 
 def conv(
@@ -23,10 +30,10 @@ def conv(
   name: str,
   kernel: int = 3,
   zero_init: bool = False,
-) -> nn.Conv:
+) -> Conv:
   """A convolution that keeps the size, odd kernel."""
   init = nn.initializers.zeros if zero_init else nn.linear.default_kernel_init
-  return nn.Conv(
+  return Conv(
     features,
     (kernel, kernel),
     padding=kernel // 2,
@@ -41,11 +48,15 @@ class Dense(nn.Dense):
 
   The weight gradient of a product with several leading axes is transposed
   first on XLA:CPU, which made it three times slower than the flat product.
+  The output is split over the mesh as the batch is.
   """
 
   def __call__(self, inputs: Float[Array, '*n c']) -> Float[Array, '*n d']:
     flat = inputs.reshape((-1, inputs.shape[-1]))
-    return super().__call__(flat).reshape((*inputs.shape[:-1], self.features))
+    out = super().__call__(flat)
+    return sharding.split_batch(
+      out.reshape((*inputs.shape[:-1], self.features))
+    )
 
 
 def group_norm(
@@ -161,7 +172,7 @@ class Downsample2D(nn.Module):
 
   @nn.compact
   def __call__(self, x: Features) -> Features:
-    return nn.Conv(
+    return Conv(
       self.features,
       (3, 3),
       strides=2,

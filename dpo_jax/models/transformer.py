@@ -35,7 +35,9 @@ class Transformer2D(nn.Module):
     def project(name, init):
       if self.use_linear_projection:
         return layers.Dense(c, kernel_init=init, dtype=self.dtype, name=name)
-      return nn.Conv(c, (1, 1), kernel_init=init, dtype=self.dtype, name=name)
+      return layers.Conv(
+        c, (1, 1), kernel_init=init, dtype=self.dtype, name=name
+      )
 
     layer = TransformerLayer
     layer = nn.remat(layer) if self.remat == 'full' else layer

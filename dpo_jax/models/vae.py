@@ -88,9 +88,9 @@ class AutoencoderKL(nn.Module):
     self.decoder = Decoder(config, dtype)
     if config.use_quant_conv:
       width = 2 * config.latent_channels
-      self.quant_conv = nn.Conv(width, (1, 1), dtype=dtype)
+      self.quant_conv = layers.Conv(width, (1, 1), dtype=dtype)
     if config.use_post_quant_conv:
-      self.post_quant_conv = nn.Conv(
+      self.post_quant_conv = layers.Conv(
         config.latent_channels, (1, 1), dtype=dtype
       )
 

@@ -19,6 +19,8 @@ FREE_KEYS = frozenset(
     'train.keep',
     'mesh.data',
     'mesh.fsdp',
+    'mesh.tensor',
+    'mesh.dcn_data',
     'eval.num_prompts',
     'eval.images_per_prompt',
     'eval.sampler',

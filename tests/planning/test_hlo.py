@@ -1,0 +1,107 @@
+"""Collectives from HLO text: by hand, and of a program compiled here."""
+
+# HLO's lines are long.
+# ruff: noqa: E501
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dpo_jax import sharding
+from dpo_jax.planning import hlo
+
+TEXT = """\
+HloModule jit_step, entry_computation_layout={(f32[8])->f32[8]}, num_partitions=8
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%body (p: (s32[], bf16[4,16])) -> (s32[], bf16[4,16]) {
+  %p = (s32[], bf16[4,16]{1,0}) parameter(0)
+  %w = bf16[4,16]{1,0} get-tuple-element(%p), index=1
+  %ag = bf16[16,16]{1,0:T(8,128)} all-gather(%w), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}, use_global_device_ids=true
+  ROOT %t = (s32[], bf16[4,16]{1,0}) tuple(%i, %w)
+}
+
+%async_body (q: f32[8]) -> f32[2] {
+  %q = f32[8]{0} parameter(0)
+  ROOT %rs = f32[2]{0} reduce-scatter(%q), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %loop = (s32[], bf16[4,16]{1,0}) while(%init), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"6"}}
+  %ar = (f32[8]{0}, f32[]) all-reduce(%a, %b), replica_groups={}, to_apply=%add
+  %ags = (f32[8]{0}, f32[64]{0}) all-gather-start(%a), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  %agd = f32[64]{0} all-gather-done(%ags)
+  %cp = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}
+  %cpd = f32[8]{0} collective-permute-done(%cp)
+  %rss = ((f32[8]{0}), f32[2]{0}, u32[]) async-start(%a), calls=%async_body
+  %rsd = f32[2]{0} async-done(%rss), calls=%async_body
+  ROOT %r = f32[8]{0} copy(%a)
+}
+"""
+
+
+def test_text_by_hand():
+  found = hlo.collectives(TEXT, num_devices=8)
+  assert found == {
+    # In the loop 6 x 16 x 16 bfloat16 in groups of 4, and once 64 float32.
+    'all-gather': hlo.Kind(7, 6 * 512 + 256, 6 * 384 + 224, 512),
+    'all-reduce': hlo.Kind(1, 36, 63, 36),
+    'collective-permute': hlo.Kind(1, 32, 32, 32),
+    'reduce-scatter': hlo.Kind(1, 32, 24, 32),
+  }
+
+
+@pytest.mark.parametrize(
+  ('shape', 'wanted'),
+  [('pred', 3), ('bf16', 6), ('f32', 12), ('s4', 2), ('f8e4m3fn', 3)],
+)
+def test_widths(shape, wanted):
+  text = (
+    f'ENTRY %main (a: f32[3]) -> f32[3] {{\n'
+    f'  %g = {shape}[3]{{0}} all-gather(%a), replica_groups={{}}\n}}\n'
+  )
+  found = hlo.collectives(text, num_devices=2)
+  assert found['all-gather'].num_bytes == wanted
+
+
+def test_a_program_compiled_here():
+  mesh = sharding.make_mesh(data=2, fsdp=4)
+
+  def place(shape, *spec):
+    return jax.ShapeDtypeStruct(
+      shape,
+      jnp.float32,
+      sharding=NamedSharding(mesh, PartitionSpec(*spec)),
+    )
+
+  def loss(w, x):
+    x, _ = jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=3)
+    return jnp.sum(x)
+
+  given = place((64, 64), None, 'fsdp'), place((32, 64), ('data', 'fsdp'))
+  lowered = jax.jit(loss).lower(*given)
+  found = hlo.collectives(lowered.compile().as_text(), num_devices=8)
+  assert found['all-reduce'].largest <= 8
+  assert found.keys() <= {'all-reduce', 'all-gather', 'all-to-all'}
+  assert sum(kind.num_bytes for kind in found.values()) > 64 * 64
+
+
+def test_a_tpus_groups_and_collectives_beside_fusions():
+  mesh = "mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}"
+  line = f'f32[8]{{0}} all-gather(%a), channel_id=7, replica_groups={mesh}'
+  text = (
+    f'%one (a: f32[2]) -> f32[8] {{\n  ROOT %x = {line}, dimensions={{0}}\n}}\n'
+    f'%two (a: f32[2]) -> f32[8] {{\n  ROOT %y = {line}, dimensions={{0}}\n}}\n'
+    'ENTRY %main (a: f32[2]) -> f32[8] {\n'
+    '  %b = f32[8]{0} fusion(%a), kind=kCustom, calls=%one\n'
+    '  ROOT %c = f32[8]{0} fusion(%a), kind=kCustom, calls=%two\n}\n'
+  )
+  found = hlo.collectives(text, num_devices=8)
+  assert found == {'all-gather': hlo.Kind(1, 32, 24, 32)}
