@@ -31,10 +31,28 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.prediction_type = ''
   # Components that start from random weights: unet, vae, text_encoder.
   c.model.random_init = ()
-  # Dtype of compute; parameters, errors, norms and losses are float32.
+  # Dtype of compute, float32 | bfloat16; errors, the statistics of norms,
+  # softmax, schedule and loss are float32 whatever it is.
   c.model.dtype = 'float32'
-  # none | full: recompute every block in the backward pass to save memory.
+  # With bfloat16: dtype of the sums beside the blocks, '' (bfloat16 as well) or
+  # float32, which takes more memory.
+  c.model.residual_dtype = ''
+  # What the backward pass of a block computes again to save memory: none |
+  # full (all, a forward pass more) | dots (all but convolutions and products
+  # with weights) | names (all but the attentions' sums and the widest product).
   c.model.remat = 'none'
+  # How the reference is computed beside the policy: loop (the same compiled
+  # code makes both: equal weights, equal errors) | separate (two passes, which
+  # XLA rounds apart in bfloat16: a margin of chance at beta 5000) | revalued
+  # (separate, and a third pass for the policy's value) | auto (loop for
+  # bfloat16, separate for float32).
+  c.model.ref_path = 'auto'
+  # What the reference is stored in, float32 | bfloat16. With bfloat16 the
+  # policy starts from the weights rounded alike, so that both start equal.
+  c.model.ref_dtype = 'float32'
+  # What the policy's own weights are stored in, float32 | bfloat16 (updates
+  # are then rounded up or down at random, and both start from rounded weights).
+  c.model.param_dtype = 'float32'
 
   c.data = ml_collections.ConfigDict()
   # Folders of dpo_jax.tools.prepare, separated by commas; or, for small data,
@@ -114,6 +132,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.optim.b1 = 0.9
   c.optim.b2 = 0.999
   c.optim.eps = 1e-8
+  # AdamW's first moment: float32 | bfloat16 (2 bytes a weight less).
+  c.optim.mu_dtype = 'float32'
+  # Adafactor's updates scaled by the weights' norms; the authors do without.
+  c.optim.parameter_scale = False
   c.optim.weight_decay = 1e-2
   # Global gradient norm; 0 is off.
   c.optim.clip_norm = 1.0
@@ -127,6 +149,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.batch_size = 2048
   # Microbatches a step, to fit into memory; the gradient is the same.
   c.train.accumulate = 1
+  # Winners, then losers, with nothing kept between: half the activations of a
+  # pair for a forward pass more.
+  c.train.sequential = False
   # In steps. Checkpoints fall on log lines, so that a resumed log has no seam.
   c.train.log_every = 10
   c.train.eval_every = 250

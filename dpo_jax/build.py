@@ -19,7 +19,13 @@ from dpo_jax.data import cached
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.evaluate import judge as judge_lib
 from dpo_jax.models import classifier
-from dpo_jax.tasks import autoencode, classify, denoise, preference
+from dpo_jax.tasks import (
+  autoencode,
+  classify,
+  denoise,
+  preference,
+  reference,
+)
 from dpo_jax.tasks import inputs as inputs_lib
 from dpo_jax.train import loop as loop_lib
 from dpo_jax.train import optimizer as optimizer_lib
@@ -110,6 +116,7 @@ def _make_task(config, model, params, empty_ids, empty_cond):
     ),
     posterior=config.data.posterior,
     empty_cond=empty_cond,
+    sequential=config.train.sequential,
   )
   if config.task == 'denoise':
     return denoise.make_task(
@@ -122,6 +129,9 @@ def _make_task(config, model, params, empty_ids, empty_cond):
       limits.OBJECTIVES[config.objective.name], **config.objective.numbers
     ),
     reward_beta=config.objective.reward_beta,
+    compute_errs=reference.choose(config.model.ref_path, config.model.dtype),
+    ref_dtype=jnp.dtype(config.model.ref_dtype),
+    param_dtype=jnp.dtype(config.model.param_dtype),
   )
 
 
@@ -176,6 +186,8 @@ def make_optimizer(
     eps=config.optim.eps,
     weight_decay=config.optim.weight_decay,
     clip_norm=config.optim.clip_norm,
+    mu_dtype=config.optim.mu_dtype,
+    parameter_scale=config.optim.parameter_scale,
   )
   return optimizer, schedule
 
@@ -237,6 +249,7 @@ def _open(config, mesh):
     seed=config.seed,
     dtype=config.model.dtype,
     remat=config.model.remat,
+    residual_dtype=config.model.residual_dtype,
     zero_terminal_snr=config.noise.zero_terminal_snr,
   )
   if config.data.resolution % opened.model.downscale:

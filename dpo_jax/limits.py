@@ -13,6 +13,7 @@ from dpo_jax.diffusion import samplers
 from dpo_jax.models import unet
 from dpo_jax.objectives import dpo, sft
 from dpo_jax.tasks import inputs as inputs_lib
+from dpo_jax.tasks import preference, reference
 from dpo_jax.train import optimizer as optimizer_lib
 from dpo_jax.weights import diffusers_maps, released, sources
 
@@ -23,6 +24,10 @@ CHOICES = {
   'task': TASKS,
   'model.dtype': ('float32', 'bfloat16'),
   'model.remat': unet.REMAT,
+  'model.residual_dtype': ('', 'float32'),
+  'model.ref_path': reference.CHOICES,
+  'model.ref_dtype': preference.STORED_DTYPES,
+  'model.param_dtype': preference.STORED_DTYPES,
   'model.variant': ('', 'fp16'),
   'model.prediction_type': ('', *released.PREDICTION_TYPES),
   'data.dropped_prompt': inputs_lib.DROPPED_PROMPTS,
@@ -30,6 +35,7 @@ CHOICES = {
   'data.posterior': inputs_lib.POSTERIORS,
   'objective.name': tuple(OBJECTIVES),
   'optim.name': optimizer_lib.OPTIMIZERS,
+  'optim.mu_dtype': optimizer_lib.MU_DTYPES,
   'optim.schedule': optimizer_lib.SCHEDULES,
   'eval.sampler': samplers.SAMPLERS,
   'export.dtype': tuple(diffusers_maps.DTYPES),
@@ -98,6 +104,7 @@ def validate(config: ml_collections.ConfigDict) -> dict[str, Any]:
       top = '' if high == math.inf else f' and below {high}'
       problems.append(f'{key}={value!r}: must be at least {low}{top}')
   problems += _check_objective(config) + _check_sources(config)
+  problems += _check_ignored(config)
   if config.train.checkpoint_every % config.train.log_every:
     problems.append(
       f'train.checkpoint_every={config.train.checkpoint_every}: must be a '
@@ -106,6 +113,27 @@ def validate(config: ml_collections.ConfigDict) -> dict[str, Any]:
   if problems:
     raise ValueError('; '.join(problems))
   return json.loads(config.to_json_best_effort())
+
+
+def _check_ignored(config) -> list[str]:
+  """A setting that would do nothing is an error."""
+  # Key: (what asks for nothing, the key that decides, its values of use).
+  preference_only = 'task', ('preference',)
+  users = {
+    'model.ref_path': ('auto', *preference_only),
+    'model.ref_dtype': ('float32', *preference_only),
+    'model.param_dtype': ('float32', *preference_only),
+    'train.sequential': (False, *preference_only),
+    'optim.mu_dtype': ('float32', 'optim.name', ('adamw',)),
+    'optim.parameter_scale': (False, 'optim.name', ('adafactor',)),
+    'model.residual_dtype': ('', 'model.dtype', ('bfloat16',)),
+  }
+  return [
+    f'{key}={_leaf(config, key)!r}: is for {other}={", ".join(allowed)}; leave '
+    f'it at {default!r} with {other}={_leaf(config, other)}'
+    for key, (default, other, allowed) in users.items()
+    if _leaf(config, key) != default and _leaf(config, other) not in allowed
+  ]
 
 
 def _check_objective(config) -> list[str]:

@@ -53,6 +53,7 @@ def make_model(
   *,
   dtype: types.DTypeLike,
   remat: str = 'none',
+  residual_dtype: str = '',
   zero_terminal_snr: bool = False,
 ) -> sd_lib.StableDiffusion:
   """Modules and schedule of a pipeline folder.
@@ -72,7 +73,12 @@ def make_model(
     scheduler['rescale_betas_zero_snr'] = True
   settings = configs['vae']
   return sd_lib.StableDiffusion(
-    unet=unet.UNet2DConditionModel(configs['unet'], dtype=dtype, remat=remat),
+    unet=unet.UNet2DConditionModel(
+      configs['unet'],
+      dtype=dtype,
+      remat=remat,
+      residual_dtype=jnp.dtype(residual_dtype) if residual_dtype else None,
+    ),
     vae=vae.AutoencoderKL(
       settings,
       dtype=jnp.dtype('float32')

@@ -14,6 +14,28 @@ LossFn = Callable[
 ]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedLoss:
+  """A LossFn whose parameters are made ready once a step.
+
+  The step calls `prepare` before its microbatches and differentiates `loss`
+  with respect to the params that it returned; any other caller sees a plain
+  LossFn.
+
+  Attributes:
+    prepare: (params, frozen) -> the same, in the dtypes of compute say.
+    loss: takes what `prepare` returned.
+  """
+
+  prepare: Callable[
+    [types.Params, types.PyTree], tuple[types.Params, types.PyTree]
+  ]
+  loss: LossFn
+
+  def __call__(self, params, frozen, batch, key, **options):
+    return self.loss(*self.prepare(params, frozen), batch, key, **options)
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
   """What to train; the loop knows no more than this.

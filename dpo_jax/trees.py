@@ -1,6 +1,7 @@
 """Helpers over pytrees: names of leaves, casts, norms and digests."""
 
 import hashlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,51 @@ def leaf_name(path: tuple) -> str:
 
 
 def cast_floats(tree: types.PyTree, dtype: types.DTypeLike) -> types.PyTree:
-  """Casts every floating leaf to `dtype`; integers and bools stay."""
+  """Casts every floating leaf to `dtype`; the others are not copied."""
 
   def cast(leaf):
-    if jnp.issubdtype(leaf.dtype, jnp.floating):
-      return leaf.astype(dtype)
-    return leaf
+    if leaf.dtype == dtype or not jnp.issubdtype(leaf.dtype, jnp.floating):
+      return leaf
+    return leaf.astype(dtype)
 
   return jax.tree.map(cast, tree)
+
+
+def cast_products(tree: types.PyTree, dtype: types.DTypeLike) -> types.PyTree:
+  """Casts the weights of dense layers and convolutions, `kernel` and `bias`.
+
+  Norms (`scale` and `bias`) stay as they are, so a module that computes in
+  `dtype` gives the same bits as from the uncast tree.
+  """
+  if 'kernel' in tree:
+    return tree | cast_floats(
+      {name: tree[name] for name in ('kernel', 'bias') if name in tree}, dtype
+    )
+  return {
+    name: cast_products(value, dtype) if isinstance(value, Mapping) else value
+    for name, value in tree.items()
+  }
+
+
+def round_randomly(
+  leaf: jax.Array, dtype: types.DTypeLike, key: types.Key
+) -> jax.Array:
+  """float32 to bfloat16, up or down with probabilities that keep the mean.
+
+  A random 16 bits are added to the bits that are cut off. Rounding to the
+  nearest would drop every update below half a unit in the last place, 2^-9 of
+  the weight. Other dtypes are converted as usual; infinities and NaN stay.
+  """
+  if leaf.dtype == dtype or dtype != jnp.bfloat16:
+    return leaf.astype(dtype)
+  leaf = leaf.astype(jnp.float32)
+  bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+  noise = jax.random.bits(key, leaf.shape, jnp.uint16).astype(jnp.uint32)
+  rounded = jax.lax.bitcast_convert_type(
+    (bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32
+  )
+  # Exact: the lower half is zero.
+  return jnp.where(jnp.isfinite(leaf), rounded, leaf).astype(jnp.bfloat16)
 
 
 def count(tree: types.PyTree) -> int:

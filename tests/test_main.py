@@ -82,6 +82,29 @@ def test_a_run_leaves_everything_promised(arguments, tmp_path, tiny_folder):
   assert max(jax.tree.leaves(moved)) > 0
 
 
+def test_a_run_in_bfloat16_throughout_starts_without_a_margin(
+  arguments, tmp_path
+):
+  argv = arguments(
+    model__dtype='bfloat16',
+    model__ref_dtype='bfloat16',
+    model__param_dtype='bfloat16',
+    model__remat='dots',
+    optim__mu_dtype='bfloat16',
+    optim__ema_decay=0.5,
+    train__num_steps=3,
+    train__accumulate=1,
+    train__eval_every=0,
+  )
+  assert main.run(argv) == 0
+  lines = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
+  first, *later = [json.loads(line) for line in lines]
+  assert first['margin_noise/sd'] == first['margin_noise/max'] == 0.0
+  assert first['loss'] == pytest.approx(0.6931472, abs=1e-6)
+  assert later and not any('margin_noise/sd' in line for line in later)
+  assert (tmp_path / 'run' / 'export' / 'unet').is_dir()
+
+
 def test_sft_and_denoise_run_through_the_same_command(
   arguments, tmp_path, tiny_folder
 ):
@@ -289,6 +312,27 @@ def _error(argv, capsys):
     ({'model__folder': '/no/such'}, ["'/no/such'", 'diffusers']),
     ({'eval__judge': '/no/judge'}, ["eval.judge='/no/judge'"]),
     ({'data__resolution': 18}, ['data.resolution=18', 'multiple']),
+    ({'model__remat': 'some'}, ['model.remat', 'none, full, dots, names']),
+    ({'model__ref_path': 'x'}, ['model.ref_path', 'auto, loop, separate']),
+    ({'model__ref_dtype': 'float16'}, ['ref_dtype', 'float32, bfloat16']),
+    ({'model__param_dtype': ''}, ['model.param_dtype', 'float32, bfloat16']),
+    ({'optim__mu_dtype': 'int8'}, ['optim.mu_dtype', 'float32, bfloat16']),
+    (
+      {'optim__parameter_scale': True},
+      ['optim.parameter_scale=True', 'optim.name=adafactor'],
+    ),
+    (
+      {'optim__mu_dtype': 'bfloat16', 'optim__name': 'adafactor'},
+      ["optim.mu_dtype='bfloat16'", 'is for optim.name=adamw'],
+    ),
+    (
+      {'train__sequential': True, 'task': 'denoise'},
+      ['train.sequential=True', 'is for task=preference'],
+    ),
+    (
+      {'model__residual_dtype': 'float32'},
+      ["model.residual_dtype='float32'", 'is for model.dtype=bfloat16'],
+    ),
   ],
 )
 def test_bad_settings_are_one_line(arguments, capsys, overrides, words):

@@ -116,7 +116,8 @@ class ResnetBlock2D(nn.Module):
   """norm, silu, conv; plus time; norm, silu, conv; plus shortcut.
 
   With `scale_shift` the time acts on the second norm's output y as
-  y * (1 + scale) + shift (Dhariwal and Nichol 2021, section 3.1).
+  y * (1 + scale) + shift (Dhariwal and Nichol 2021, section 3.1). The sum
+  at the end has the dtype of `x`.
   """
 
   features: int
@@ -133,6 +134,7 @@ class ResnetBlock2D(nn.Module):
     def norm(name):
       return group_norm(self.groups, self.eps, dtype=self.dtype, name=name)
 
+    stream = x.dtype
     h = jax.nn.silu(norm('norm1')(x))
     h = conv(self.features, dtype=self.dtype, name='conv1')(h)
     if temb is None:
@@ -147,7 +149,7 @@ class ResnetBlock2D(nn.Module):
       x = conv(self.features, kernel=1, dtype=self.dtype, name='conv_shortcut')(
         x
       )
-    return x + h
+    return x.astype(stream) + h
 
   def _add_time(self, h, temb, norm):
     width = 2 * self.features if self.scale_shift else self.features

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dpo_jax import types
@@ -10,6 +11,31 @@ from dpo_jax.models import attention, layers
 
 # The epsilon of a transformer's own norm; not the option norm_eps.
 EPS = 1e-6
+REMAT = ('none', 'full', 'dots', 'names')
+# What remat='names' keeps of a transformer layer: the sums after its two
+# attentions and the widest product. Ten of its widths, and about half of what
+# 'full' computes again is not.
+NAMES = ('after_attn1', 'after_attn2', 'geglu_proj')
+
+
+def _saves_products(primitive, *values, **params) -> bool:
+  """Convolutions and products with weights; not attention's N x N scores."""
+  if primitive.name == 'conv_general_dilated':
+    return True
+  save = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  return save(primitive, *values, **params)
+
+
+def rematted(cls: type[nn.Module], remat: str) -> type[nn.Module]:
+  """`cls` that recomputes in its backward pass what `remat` says."""
+  if remat == 'none':
+    return cls
+  policies = {
+    'full': None,
+    'dots': _saves_products,
+    'names': jax.checkpoint_policies.save_only_these_names(*NAMES),
+  }
+  return nn.remat(cls, policy=policies[remat])
 
 
 class Transformer2D(nn.Module):
@@ -39,11 +65,10 @@ class Transformer2D(nn.Module):
         c, (1, 1), kernel_init=init, dtype=self.dtype, name=name
       )
 
-    layer = TransformerLayer
-    layer = nn.remat(layer) if self.remat == 'full' else layer
+    layer = rematted(TransformerLayer, self.remat)
     y = layers.group_norm(self.groups, EPS, dtype=self.dtype, name='norm')(x)
     y = project('proj_in', nn.linear.default_kernel_init)(y)
-    y = y.reshape(n, h * w, c)
+    y = y.reshape(n, h * w, c).astype(x.dtype)
     for i in range(self.depth):
       y = layer(self.heads, self.dtype, name=f'transformer_blocks_{i}')(
         y, context
@@ -66,8 +91,9 @@ class TransformerLayer(nn.Module):
     def attend(name):
       return attention.Attention(self.heads, dtype=self.dtype, name=name)
 
-    x = x + attend('attn1')(norm('norm1')(x))
+    x = checkpoint_name(x + attend('attn1')(norm('norm1')(x)), NAMES[0])
     x = x + attend('attn2')(norm('norm2')(x), context)
+    x = checkpoint_name(x, NAMES[1])
     return x + FeedForward(self.dtype, name='ff')(norm('norm3')(x))
 
 
@@ -92,5 +118,6 @@ class GEGLU(nn.Module):
   @nn.compact
   def __call__(self, x):
     x = layers.Dense(2 * self.features, dtype=self.dtype, name='proj')(x)
+    x = checkpoint_name(x, NAMES[2])
     value, gate = jnp.split(x, 2, axis=-1)
     return value * jax.nn.gelu(gate, approximate=False)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from dpo_jax import types
 from dpo_jax.models import layers, unet_blocks, unet_config
 
-REMAT = ('none', 'full')
+REMAT = unet_blocks.REMAT
 # Who needs the model needs its config; the blocks between them need it first.
 UNetConfig = unet_config.UNetConfig
 
@@ -16,13 +16,18 @@ UNetConfig = unet_config.UNetConfig
 class UNet2DConditionModel(nn.Module):
   """Predicts noise (or v) from noisy latents, timestep and text states.
 
-  `remat='full'` recomputes each residual block and transformer layer in the
-  backward pass: less memory, about a third more compute, the same numbers.
+  `remat` says what the backward pass computes again instead of keeping, of
+  each residual block and transformer layer: 'none'; 'full', everything (least
+  memory, a forward pass more); 'dots', all but convolutions and products
+  with weights; 'names', all but what the transformer layers name. The numbers
+  are the same. `residual_dtype` is that of the sums that run through the
+  network beside its blocks, None being `dtype`.
   """
 
   config: UNetConfig
   dtype: types.DTypeLike = jnp.float32
   remat: str = 'none'
+  residual_dtype: types.DTypeLike | None = None
 
   @nn.compact
   def __call__(
@@ -61,9 +66,10 @@ class UNet2DConditionModel(nn.Module):
       )
     context = prompt_embeds.astype(dtype)
     x = x_t.astype(dtype)
+    stream = self.residual_dtype or dtype
     if config.center_input_sample:
       x = 2 * x - 1
-    x = layers.conv(width, dtype=dtype, name='conv_in')(x)
+    x = layers.conv(width, dtype=dtype, name='conv_in')(x).astype(stream)
 
     settings = (config, dtype, self.remat)
     skips = [x]

@@ -6,17 +6,21 @@ from flax import linen as nn
 from dpo_jax import types
 from dpo_jax.models import layers, transformer, unet_config
 
+REMAT = transformer.REMAT
+
 
 class Block(nn.Module):
-  """What the down, middle and up blocks share: how their layers are made."""
+  """What the down, middle and up blocks share: how their layers are made.
+
+  What runs from block to block keeps the dtype it comes in.
+  """
 
   config: unet_config.UNetConfig
   dtype: types.DTypeLike
   remat: str
 
   def resnet(self, i, features):
-    cls = layers.ResnetBlock2D
-    cls = nn.remat(cls) if self.remat == 'full' else cls
+    cls = transformer.rematted(layers.ResnetBlock2D, self.remat)
     return cls(
       features,
       self.config.norm_num_groups,
@@ -56,9 +60,10 @@ class DownBlock(Block):
         x = self.transformer(j, i, depths[j])(x, context)
       outputs.append(x)
     if i < len(config.block_out_channels) - 1:
-      x = layers.Downsample2D(
+      down = layers.Downsample2D(
         features, dtype=self.dtype, name='downsamplers_0'
-      )(x)
+      )
+      x = down(x).astype(x.dtype)
       outputs.append(x)
     return x, outputs
 
@@ -95,7 +100,6 @@ class UpBlock(Block):
       if has_attention:
         x = self.transformer(j, level, depths[j])(x, context)
     if level > 0:
-      x = layers.Upsample2D(features, dtype=self.dtype, name='upsamplers_0')(
-        x, skips[-1].shape[1:3]
-      )
+      up = layers.Upsample2D(features, dtype=self.dtype, name='upsamplers_0')
+      x = up(x, skips[-1].shape[1:3]).astype(x.dtype)
     return x

@@ -42,6 +42,8 @@ class Inputs:
     posterior: latents are a 'sample' of the VAE's posterior or its 'mean'.
     empty_cond: text states of the empty prompt, `prompt_embeds` [s d] and
       for SDXL `pooled_embeds` [e]: for batches from a cache, None for others.
+    sequential: `err` runs the network on one image of an example after the
+      other and keeps nothing between: a forward pass more for less memory.
   """
 
   model: sd_lib.StableDiffusion
@@ -53,6 +55,7 @@ class Inputs:
   timesteps: Int[np.ndarray, ' m'] | None = None
   posterior: str = 'sample'
   empty_cond: Mapping[str, np.ndarray] | None = None
+  sequential: bool = False
 
   @property
   def networks(self) -> tuple[str, ...]:
@@ -115,6 +118,30 @@ class Inputs:
 
     'b p h w c -> (b p) h w c' keeps a batch-sharded array on its device.
     """
+    if not self.sequential:
+      return self._err(unet_params, inputs)
+    count = inputs['x_t'].shape[1]
+
+    @jax.checkpoint
+    def one(params, i):
+      sliced = {
+        name: jax.lax.dynamic_slice_in_dim(inputs[name], i, 1, axis=1)
+        for name in ('x_t', 'target')
+      }
+      cond = dict(inputs['cond'])
+      if 'micro_cond' in cond:
+        cond['micro_cond'] = jax.lax.dynamic_slice_in_dim(
+          cond['micro_cond'], i, 1, axis=1
+        )
+      return self._err(params, inputs | sliced | {'cond': cond})
+
+    def body(_, i):
+      return None, one(unet_params, i)[:, 0]
+
+    _, errs = jax.lax.scan(body, None, jnp.arange(count))
+    return errs.T
+
+  def _err(self, unet_params, inputs):
     x_t = inputs['x_t']
     count = x_t.shape[1]
 

@@ -3,11 +3,15 @@
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 
 from dpo_jax import task as task_lib
-from dpo_jax import types
+from dpo_jax import trees, types
 from dpo_jax.objectives import rewards
 from dpo_jax.tasks import inputs as inputs_lib
+from dpo_jax.tasks import reference
+
+STORED_DTYPES = ('float32', 'bfloat16')
 
 
 def make_task(
@@ -16,6 +20,9 @@ def make_task(
   params: Mapping[str, types.Params],
   objective: Callable,
   reward_beta: float,
+  compute_errs: reference.Path = reference.separate,
+  ref_dtype: types.DTypeLike = jnp.float32,
+  param_dtype: types.DTypeLike = jnp.float32,
 ) -> task_lib.Task:
   """Trains the UNet on pairs against a frozen copy of itself.
 
@@ -26,13 +33,28 @@ def make_task(
   logged implicit rewards. The batch's `substituted` [b], 1 for an example that
   stands in for a damaged one, is logged.
 
+  compute_errs: how the two errors are computed, one of reference.PATHS.
+  ref_dtype and param_dtype: what the reference and the policy's own weights
+  are stored in. If either is bfloat16 both start from the weights rounded to
+  it: else the policy would start beside the reference. The step casts both to
+  the UNet's dtype of compute once, before its microbatches.
+
   Wallace et al., CVPR 2024, section 4 and eq. 14.
   """
 
-  def loss(params, frozen, batch, key, *, prompt_dropout=None):
+  compute_dtype = inputs.model.unet.dtype
+  start = params['unet']
+  if jnp.dtype('bfloat16') in map(jnp.dtype, (ref_dtype, param_dtype)):
+    start = trees.cast_floats(start, jnp.bfloat16)
+
+  def prepare(params, frozen):
+    policy = trees.cast_products(params['unet'], compute_dtype)
+    ref = trees.cast_products(frozen['ref'], compute_dtype)
+    return {'unet': policy}, {**frozen, 'ref': ref}
+
+  def compute_loss(params, frozen, batch, key, *, prompt_dropout=None):
     made = inputs.make(frozen, batch, key, prompt_dropout=prompt_dropout)
-    policy = inputs.err(params['unet'], made)
-    ref = inputs.err(frozen['ref'], made)
+    policy, ref = compute_errs(inputs.err, params['unet'], frozen['ref'], made)
     value, metrics = objective(policy, jax.lax.stop_gradient(ref))
     shared = rewards.metrics(policy, ref, beta=reward_beta)
     binned = rewards.by_timestep(
@@ -44,13 +66,15 @@ def make_task(
       metrics = metrics | {'data/substituted': batch['substituted']}
     return value, shared | binned | metrics
 
+  loss = task_lib.PreparedLoss(prepare, compute_loss)
+
   def evaluate(params, frozen, batch, key):
     return loss(params, frozen, batch, key, prompt_dropout=0.0)
 
   return task_lib.Task(
-    params={'unet': params['unet']},
+    params={'unet': trees.cast_floats(start, param_dtype)},
     frozen={
-      'ref': params['unet'],
+      'ref': trees.cast_floats(start, ref_dtype),
       **{name: params[name] for name in inputs.networks},
     },
     loss=loss,

@@ -4,7 +4,10 @@ from collections.abc import Callable
 
 import optax
 
+from dpo_jax import trees
+
 OPTIMIZERS = ('adamw', 'adafactor')
+MU_DTYPES = ('float32', 'bfloat16')
 SCHEDULES = ('constant', 'linear', 'cosine')
 
 
@@ -35,6 +38,28 @@ def make_schedule(
   return optax.join_schedules([warmup, after], [warmup_steps])
 
 
+def _store_mu(
+  adam: optax.GradientTransformation, dtype: str
+) -> optax.GradientTransformation:
+  """Adam with its first moment stored in `dtype` and computed in float32.
+
+  optax's own mu_dtype multiplies by b1 in that dtype, where 0.9 is 0.898.
+  """
+  if dtype == 'float32':
+    return adam
+
+  def stored(state, dtype):
+    return state._replace(mu=trees.cast_floats(state.mu, dtype))
+
+  def update(updates, state, params=None):
+    updates, state = adam.update(updates, stored(state, 'float32'), params)
+    return updates, stored(state, dtype)
+
+  return optax.GradientTransformation(
+    lambda params: stored(adam.init(params), dtype), update
+  )
+
+
 def make_optimizer(
   *,
   name: str,
@@ -44,22 +69,41 @@ def make_optimizer(
   eps: float,
   weight_decay: float,
   clip_norm: float,
+  mu_dtype: str = 'float32',
+  parameter_scale: bool = False,
 ) -> optax.GradientTransformation:
   """Global-norm clipping, then AdamW or Adafactor.
 
-  Adafactor has no relative step and does not scale by parameter norms, as in
-  the authors' SDXL launcher; its weight decay is, as there, times the rate.
-  clip_norm 0 switches clipping off.
+  Adafactor has no relative step, as in the authors' SDXL launcher; its weight
+  decay is, as there, times the rate. It scales by parameter norms only with
+  `parameter_scale`, which Adafactor alone takes, and holds no first moment.
+  AdamW stores its first moment in `mu_dtype`, float32 or bfloat16; the second
+  is float32. clip_norm 0 switches clipping off.
+
+  Raises ValueError for an option that the named optimizer would ignore.
   """
   if name == 'adamw':
-    inner = optax.adamw(
-      schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay
+    if parameter_scale:
+      raise ValueError(
+        'optim.parameter_scale=True: adamw has no such thing; set it to False '
+        'or optim.name=adafactor'
+      )
+    # The chain of optax.adamw.
+    inner = optax.chain(
+      _store_mu(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), mu_dtype),
+      optax.add_decayed_weights(weight_decay),
+      optax.scale_by_learning_rate(schedule),
     )
   elif name == 'adafactor':
+    if mu_dtype != 'float32':
+      raise ValueError(
+        f'optim.mu_dtype={mu_dtype!r}: adafactor holds no first moment; leave '
+        'it at float32 or set optim.name=adamw'
+      )
     inner = optax.chain(
       optax.adafactor(
         learning_rate=None,
-        multiply_by_parameter_scale=False,
+        multiply_by_parameter_scale=parameter_scale,
         clipping_threshold=1.0,
       ),
       # optax.adafactor has already turned the direction downhill.

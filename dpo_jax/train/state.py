@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from dpo_jax import types
+from dpo_jax import trees, types
 
 
 @struct.dataclass
@@ -14,9 +14,9 @@ class TrainState:
 
   Attributes:
     step: int32 scalar, optimizer steps done.
-    params: trainable leaves.
+    params: trainable leaves, in the dtype they are stored in.
     opt_state: the optimizer's.
-    ema: running mean of params, or None when it is off.
+    ema: running mean of params, float32, or None when it is off.
   """
 
   step: jax.Array
@@ -32,12 +32,13 @@ def init_state(
   use_ema: bool,
 ) -> TrainState:
   """State at step 0, in buffers of its own: it may be donated."""
-  params = jax.tree.map(jnp.copy, params)
+  exact = trees.cast_floats(params, jnp.float32)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
-    params=params,
-    opt_state=optimizer.init(params),
-    ema=jax.tree.map(jnp.copy, params) if use_ema else None,
+    params=jax.tree.map(jnp.copy, params),
+    # Its second moment would never move in bfloat16.
+    opt_state=optimizer.init(exact),
+    ema=jax.tree.map(jnp.copy, exact) if use_ema else None,
   )
 
 

@@ -42,8 +42,13 @@ def split_microbatches(
 def _gradients(loss_fn, params, frozen, batch, key, accumulate):
   """Gradient of the mean loss; per-example loss and metrics, [b] or [k, b/k].
 
-  The latter stay in that shape: flattening them would gather them.
+  The latter stay in that shape: flattening them would gather them. Gradients
+  are float32, those of bfloat16 weights too, and are summed as such.
   """
+  if isinstance(loss_fn, task_lib.PreparedLoss):
+    # Once, not once a microbatch.
+    params, frozen = loss_fn.prepare(params, frozen)
+    loss_fn = loss_fn.loss
 
   def mean_loss(params, microbatch):
     loss, metrics = loss_fn(params, frozen, microbatch, key)
@@ -51,7 +56,8 @@ def _gradients(loss_fn, params, frozen, batch, key, accumulate):
 
   grad_fn = jax.grad(mean_loss, has_aux=True)
   if accumulate == 1:
-    return grad_fn(params, batch)
+    grads, outputs = grad_fn(params, batch)
+    return trees.cast_floats(grads, jnp.float32), outputs
 
   def body(total, microbatch):
     grads, outputs = grad_fn(params, microbatch)
@@ -62,6 +68,35 @@ def _gradients(loss_fn, params, frozen, batch, key, accumulate):
     body, zeros, split_microbatches(batch, accumulate)
   )
   return jax.tree.map(lambda leaf: leaf / accumulate, total), outputs
+
+
+def _updated(params, updates, key):
+  """params + updates, in the dtypes of params; bfloat16 is rounded randomly."""
+  leaves, structure = jax.tree.flatten(params)
+  added = [
+    trees.round_randomly(
+      leaf.astype(jnp.float32) + update, leaf.dtype, jax.random.fold_in(key, i)
+    )
+    for i, (leaf, update) in enumerate(
+      zip(leaves, jax.tree.leaves(updates), strict=True)
+    )
+  ]
+  return jax.tree.unflatten(structure, added)
+
+
+def _noise_at_start(step, metrics):
+  """Spread of the margins before anything was learnt, where all should be 0.
+
+  NaN, which is 'absent', at any later step and for tasks without margins.
+  """
+  if 'reward/margin' not in metrics:
+    return {}
+  margins = metrics['reward/margin']
+  found = {'sd': jnp.std(margins), 'max': jnp.max(jnp.abs(margins))}
+  return {
+    f'margin_noise/{name}': jnp.where(step == 0, value, jnp.nan)
+    for name, value in found.items()
+  }
 
 
 def make_step(
@@ -76,22 +111,30 @@ def make_step(
   The batch is global, [b, ...], and b a multiple of `accumulate`; the
   gradient is that of the mean over all b examples whatever `accumulate` is.
   The EMA's decay is warmed up as min(decay, (1 + step) / (10 + step)).
-  Metrics are float32 scalars; NaN means that no example had the metric.
+  Optimizer and EMA see float32 whatever the parameters are stored in; those
+  stored in bfloat16 are rounded up or down at random, with the mean kept.
+  Metrics are float32 scalars; NaN means that no example had the metric. The
+  first step's have `margin_noise/sd` and `/max` over the batch's margins.
   """
 
   def step(state, frozen, batch, key):
     grads, (loss, metrics) = _gradients(
       loss_fn, state.params, frozen, batch, key, accumulate
     )
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    exact = trees.cast_floats(state.params, jnp.float32)
+    updates, opt_state = optimizer.update(grads, state.opt_state, exact)
+    rounding = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
+    params = _updated(state.params, updates, rounding)
     ema = state.ema
     if ema is not None:
       count = state.step.astype(jnp.float32)
       decay = jnp.minimum(ema_decay, (1.0 + count) / (10.0 + count))
-      ema = optax.incremental_update(params, ema, 1.0 - decay)
+      ema = optax.incremental_update(
+        trees.cast_floats(params, jnp.float32), ema, 1.0 - decay
+      )
+    noise = _noise_at_start(state.step, metrics)
     metrics = {name: mean_present(value) for name, value in metrics.items()}
-    metrics |= {
+    metrics |= noise | {
       # Not mean_present: a NaN loss must stay one.
       'loss': jnp.mean(loss),
       'norm/grads': trees.global_norm(grads),

@@ -7,6 +7,7 @@ import parity
 import pytest
 import released
 
+from benchmarks import flops
 from dpo_jax import trees
 from dpo_jax.models import unet
 
@@ -150,7 +151,9 @@ def test_every_module_equals_diffusers(case, size, from_torch):
   assert owners <= errors.keys()
 
 
-def test_remat_changes_no_value_and_no_gradient(random_params):
+@pytest.fixture(scope='module')
+def rematted(random_params):
+  """Remat policy -> (loss function, params) of a UNet of one level."""
   one_level = dict(
     block_out_channels=(16,),
     down_block_types=('CrossAttnDownBlock2D',),
@@ -159,24 +162,65 @@ def test_remat_changes_no_value_and_no_gradient(random_params):
   config = unet.UNetConfig(**(TINY | one_level))
   params, inputs = random_params('unet', config), _inputs(config)
 
-  def run(remat):
+  def make(remat):
     model = unet.UNet2DConditionModel(config, remat=remat)
 
     def loss(params):
       return jnp.mean(jnp.square(model.apply({'params': params}, *inputs)))
 
-    jaxpr = str(jax.make_jaxpr(jax.grad(loss))(params))
-    return jaxpr, jax.jit(jax.value_and_grad(loss))(params)
+    return loss, params
 
-  plain, (value, grads) = run('none')
-  rematted, (value_remat, grads_remat) = run('full')
-  assert 'remat' in rematted and 'remat' not in plain
-  np.testing.assert_allclose(value, value_remat, rtol=1e-6)
+  return make
+
+
+@pytest.fixture(scope='module')
+def plain_gradient(rematted):
+  loss, params = rematted('none')
+  return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize('remat', unet.REMAT[1:])
+def test_remat_changes_no_value_and_no_gradient(
+  rematted, plain_gradient, remat
+):
+  loss, params = rematted(remat)
+  value, grads = jax.jit(jax.value_and_grad(loss))(params)
+  np.testing.assert_allclose(value, plain_gradient[0], rtol=1e-6)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
     grads,
-    grads_remat,
+    plain_gradient[1],
   )
+
+
+def test_each_remat_policy_computes_less_again_than_the_next(rematted):
+  counts = {}
+  for remat in unet.REMAT:
+    loss, params = rematted(remat)
+    counts[remat] = flops.count(jax.grad(loss), params)
+  assert counts['none'] < counts['dots'] < counts['names'] < counts['full']
+  # A forward pass more at most, which is half of a backward pass.
+  assert counts['full'] < 4 / 3 * counts['none']
+
+
+def test_a_float32_stream_is_nearer_to_float32(random_params):
+  config = unet.UNetConfig(**TINY)
+  params, inputs = random_params('unet', config), _inputs(config)
+
+  def run(**options):
+    model = unet.UNet2DConditionModel(config, **options)
+    apply = functools.partial(model.apply, capture_intermediates=True)
+    output, state = jax.jit(apply)({'params': params}, *inputs)
+    inner = state['intermediates']['mid_block']['__call__'][0]
+    return np.asarray(output), inner.dtype
+
+  exact, _ = run()
+  plain, dtype = run(dtype=jnp.bfloat16)
+  assert dtype == jnp.bfloat16
+  stream, dtype = run(dtype=jnp.bfloat16, residual_dtype=jnp.float32)
+  assert dtype == jnp.float32
+  errors = [np.sqrt(np.mean(np.square(x - exact))) for x in (plain, stream)]
+  assert 0 < errors[1] < errors[0]
 
 
 @pytest.mark.parametrize('options', [{}, VARIANTS['linear_text_time']])
@@ -219,7 +263,9 @@ def test_wrong_calls_are_named():
   key = jax.random.key(0)
   with pytest.raises(ValueError, match=r'width 23 .*cross_attention_dim=24'):
     unet.UNet2DConditionModel(config).init(key, x_t, t, embeds[..., 1:])
-  with pytest.raises(ValueError, match="remat='some'; allowed: none, full"):
+  with pytest.raises(
+    ValueError, match="remat='some'; allowed: none, full, dots"
+  ):
     unet.UNet2DConditionModel(config, remat='some').init(key, x_t, t, embeds)
 
 

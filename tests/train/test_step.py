@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from dpo_jax import sharding
+from dpo_jax import task as task_lib
 from dpo_jax.train import optimizer as optimizer_lib
 from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
@@ -209,3 +210,131 @@ def test_unknown_names_are_refused():
     optimizer_lib.make_schedule(
       name='step', learning_rate=1.0, warmup_steps=0, num_steps=1
     )
+
+
+def test_prepared_params_are_made_once_and_the_gradient_is_float32():
+  params, frozen, batch = _setup()
+  dtypes, calls = set(), []
+
+  def prepare(params, frozen):
+    calls.append(1)
+    cast = {name: leaf.astype(jnp.bfloat16) for name, leaf in params.items()}
+    return cast, frozen
+
+  def loss(params, frozen, batch, key):
+    dtypes.update(leaf.dtype for leaf in jax.tree.leaves(params))
+    exact = {name: leaf.astype(jnp.float32) for name, leaf in params.items()}
+    return _loss(exact, frozen, batch, key)
+
+  prepared = task_lib.PreparedLoss(prepare, loss)
+  rounded = {
+    name: leaf.astype(jnp.bfloat16).astype(jnp.float32)
+    for name, leaf in params.items()
+  }
+  found = []
+  for start, fn in ((params, prepared), (rounded, _loss)):
+    state = state_lib.init_state(start, optax.sgd(1e-2), use_ema=False)
+    step = step_lib.make_step(fn, optax.sgd(1e-2), accumulate=4)
+    state, metrics = jax.jit(step)(state, frozen, batch, jax.random.key(0))
+    assert state.params['w1'].dtype == jnp.float32
+    found.append((float(metrics['loss']), float(metrics['norm/grads'])))
+  assert dtypes == {jnp.dtype('bfloat16')} and len(calls) == 1
+  np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
+  # Four microbatches' gradients of bfloat16 weights, each rounded to 2^-9.
+  np.testing.assert_allclose(found[0][1], found[1][1], rtol=2**-8)
+
+
+def test_bfloat16_weights_move_by_updates_below_their_last_place():
+  # One unit in the last place of 1.0 is 2^-7; a step is an eighth of it.
+  params = {'w': jnp.ones((64, 256), jnp.bfloat16)}
+  rate = 2.0**-10
+
+  def loss(params, frozen, batch, key):
+    return jnp.sum(params['w'].astype(jnp.float32)) * jnp.ones(2), {}
+
+  state = state_lib.init_state(params, optax.adamw(rate), use_ema=True)
+  assert state.opt_state[0].nu['w'].dtype == jnp.float32
+  assert state.ema['w'].dtype == jnp.float32
+  step = jax.jit(
+    step_lib.make_step(loss, optax.sgd(rate), ema_decay=0.5), donate_argnums=0
+  )
+  state = state_lib.init_state(params, optax.sgd(rate), use_ema=True)
+  batch = {'id': jnp.arange(2)}
+  for _ in range(16):
+    state, _ = step(state, {}, batch, jax.random.key(0))
+  moved = np.asarray(state.params['w'], np.float64)
+  assert state.params['w'].dtype == jnp.bfloat16
+  # Rounding to nearest would have left every one at 1.
+  assert moved.mean() == pytest.approx(1 - 16 * rate, abs=2e-4)
+  assert len(np.unique(moved)) > 2
+  # Not the same draw at each step or in each entry.
+  assert 0 < moved.std() < 2**-6
+
+
+def test_margin_noise_is_of_the_first_step_only():
+  margins = jnp.array([0.5, -0.5, 0.5, -1.5])
+
+  def loss(params, frozen, batch, key):
+    value = jnp.sum(params['w']) * jnp.ones(4)
+    return value, {'reward/margin': margins[batch['id']]}
+
+  params = {'w': jnp.ones((2,))}
+  state = state_lib.init_state(params, optax.sgd(1e-2), use_ema=False)
+  step = jax.jit(step_lib.make_step(loss, optax.sgd(1e-2), accumulate=2))
+  batch = {'id': jnp.arange(4)}
+  state, metrics = step(state, {}, batch, jax.random.key(0))
+  assert float(metrics['margin_noise/sd']) == pytest.approx(0.8291562)
+  assert float(metrics['margin_noise/max']) == 1.5
+  _, metrics = step(state, {}, batch, jax.random.key(0))
+  assert np.isnan(metrics['margin_noise/sd'])
+  assert np.isnan(metrics['margin_noise/max'])
+
+
+def test_adamw_keeps_its_first_moment_in_the_dtype_asked():
+  def run(mu_dtype):
+    optimizer = _optimizer('adamw', mu_dtype=mu_dtype)
+    params = {'w': jnp.ones((16,))}
+    state = optimizer.init(params)
+    for scale in (1.0, 0.3, -0.2):
+      updates, state = optimizer.update(
+        {'w': jnp.linspace(-1, 1, 16) * scale}, state, params
+      )
+    moments = [x for x in jax.tree.leaves(state) if x.shape == (16,)]
+    return updates['w'], {x.dtype for x in moments}
+
+  exact, dtypes = run('float32')
+  assert dtypes == {jnp.dtype('float32')}
+  rounded, dtypes = run('bfloat16')
+  assert dtypes == {jnp.dtype('float32'), jnp.dtype('bfloat16')}
+  # Two roundings to 2^-9 of a moment that is later multiplied by 0.9.
+  np.testing.assert_allclose(rounded, exact, atol=2**-7 * np.abs(exact).max())
+
+
+def test_adafactor_scales_by_the_parameters_only_when_asked():
+  params = {'w': jnp.full((256, 256), 0.01)}
+  grads = {'w': jnp.full((256, 256), 3.0)}
+  sizes = []
+  for scaled in (False, True):
+    optimizer = _optimizer('adafactor', parameter_scale=scaled)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    sizes.append(float(jnp.abs(updates['w']).mean()))
+  assert sizes[1] / sizes[0] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_options_that_an_optimizer_would_ignore_are_refused():
+  with pytest.raises(ValueError, match='adafactor holds no first moment'):
+    _optimizer('adafactor', mu_dtype='bfloat16')
+  with pytest.raises(ValueError, match='adamw has no such thing'):
+    _optimizer('adamw', parameter_scale=True)
+
+
+def _optimizer(name, **options):
+  numbers = {'b1': 0.9, 'b2': 0.999, 'eps': 1e-8}
+  return optimizer_lib.make_optimizer(
+    name=name,
+    schedule=lambda step: 1e-2,
+    weight_decay=0.0,
+    clip_norm=0.0,
+    **numbers,
+    **options,
+  )

@@ -1,0 +1,140 @@
+"""Errors of the policy and of its frozen reference, rounded alike.
+
+XLA compiles a forward pass that will be differentiated differently from one
+that will not: in bfloat16 the two round in different places. At beta 5000 that
+alone makes a margin where policy and reference are equal (RESULTS.md, margin
+noise). The paths here differ in whether that happens, and in what they cost.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dpo_jax import types
+
+# (params, inputs) -> errors [b p].
+ErrFn = Callable[[types.Params, types.PyTree], Float[Array, 'b p']]
+Errs = tuple[Float[Array, 'b p'], Float[Array, 'b p']]
+# (err_fn, policy, ref, inputs) -> (policy's errors, reference's errors).
+Path = Callable[[ErrFn, types.Params, types.Params, types.PyTree], Errs]
+
+
+def separate(
+  err_fn: ErrFn, policy: types.Params, ref: types.Params, inputs: types.PyTree
+) -> Errs:
+  """(policy's, reference's) errors of two passes, which XLA compiles apart.
+
+  A backward pass counted as two forward passes, an image costs four.
+  """
+  return err_fn(policy, inputs), jax.lax.stop_gradient(err_fn(ref, inputs))
+
+
+def revalued(
+  err_fn: ErrFn, policy: types.Params, ref: types.Params, inputs: types.PyTree
+) -> Errs:
+  """As `separate`, with the policy's value from a pass of its own.
+
+  Neither pass that makes a value is differentiated, but nothing forces XLA to
+  compile them alike. An image costs five forward passes.
+  """
+  traced = err_fn(policy, inputs)
+  value = err_fn(jax.lax.stop_gradient(policy), inputs)
+  policy_err = value + (traced - jax.lax.stop_gradient(traced))
+  return policy_err, jax.lax.stop_gradient(err_fn(ref, inputs))
+
+
+def loop(
+  err_fn: ErrFn, policy: types.Params, ref: types.Params, inputs: types.PyTree
+) -> Errs:
+  """(policy's, reference's) errors of one loop body that runs twice.
+
+  The same compiled code makes both, so equal weights give equal bits whatever
+  the dtype and the device. The reference goes first; what the backward pass
+  needs is the loop's carry, which the policy then overwrites, so it is in
+  memory once, and the policy alone is differentiated: an image costs four
+  forward passes. Weights are selected where they are used, not stacked. No
+  gradient reaches `ref` and `inputs`.
+  """
+  residuals_of = _Residuals()
+
+  @jax.custom_vjp
+  def errs(policy, ref, inputs):
+    def body(carry, is_ref):
+      return carry, err_fn(_select(is_ref, policy, ref), inputs)
+
+    _, (ref_err, policy_err) = jax.lax.scan(body, None, _ref_first())
+    return policy_err, ref_err
+
+  def forward(policy, ref, inputs):
+    def run(is_ref):
+      params = _select(is_ref, policy, ref)
+      err, pullback = jax.vjp(lambda params: err_fn(params, inputs), params)
+      return residuals_of.take(pullback, params), err
+
+    shapes, _ = jax.eval_shape(run, jax.ShapeDtypeStruct((), bool))
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    residuals, (ref_err, policy_err) = jax.lax.scan(
+      lambda _, is_ref: run(is_ref), empty, _ref_first()
+    )
+    return (policy_err, ref_err), (residuals, policy)
+
+  def backward(saved, cotangents):
+    pullback = residuals_of.put_back(*saved)
+    return (*pullback(cotangents[0]), None, None)
+
+  errs.defvjp(forward, backward)
+  return errs(policy, *jax.lax.stop_gradient((ref, inputs)))
+
+
+def _ref_first():
+  return jnp.array([True, False])
+
+
+def _select(is_ref, policy, ref):
+  return jax.tree.map(
+    lambda ours, theirs: jnp.where(is_ref, theirs.astype(ours.dtype), ours),
+    policy,
+    ref,
+  )
+
+
+class _Residuals:
+  """What a pullback holds, less the weights: those are at hand outside.
+
+  Without this the loop would carry a copy of all weights.
+  """
+
+  def take(self, pullback, params) -> list[jax.Array]:
+    leaves, self._structure = jax.tree.flatten(pullback)
+    places = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(params))}
+    self._places = [places.get(id(leaf)) for leaf in leaves]
+    return [
+      leaf
+      for leaf, place in zip(leaves, self._places, strict=True)
+      if place is None
+    ]
+
+  def put_back(self, residuals, params):
+    residuals, weights = iter(residuals), jax.tree.leaves(params)
+    leaves = [
+      next(residuals) if place is None else weights[place]
+      for place in self._places
+    ]
+    return jax.tree.unflatten(self._structure, leaves)
+
+
+PATHS = {'loop': loop, 'separate': separate, 'revalued': revalued}
+CHOICES = ('auto', *PATHS)
+
+
+def choose(name: str, dtype: str) -> Path:
+  """The path of that name; 'auto' is `loop`, `separate` for float32 compute.
+
+  In float32 the separate passes agree to the last bits, and nothing moves
+  that was measured with them.
+  """
+  if name == 'auto':
+    return separate if dtype == 'float32' else loop
+  return PATHS[name]

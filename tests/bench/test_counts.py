@@ -1,0 +1,96 @@
+"""FLOPs by hand, the table, and the command lines at a tiny size."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import cases, flops, step_time, table
+
+
+def test_products_by_hand():
+  a, b = jnp.ones((3, 5, 7)), jnp.ones((3, 7, 2))
+  assert flops.count(jnp.matmul, a, b) == 2 * 3 * 5 * 7 * 2
+  image, kernel = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 6))
+
+  def conv(image, kernel):
+    return jax.lax.conv_general_dilated(
+      image, kernel, (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+
+  assert flops.count(conv, image, kernel) == 2 * (2 * 4 * 4 * 6) * (9 * 4)
+
+
+def test_loops_count_as_often_as_they_run():
+  x = jnp.ones((4, 4))
+
+  def looped(x):
+    return jax.lax.scan(lambda c, _: (jnp.tanh(c @ x), None), x, length=5)[0]
+
+  def searched(x):
+    return jax.lax.while_loop(lambda c: c[0, 0] < 9, lambda c: c @ x, x)
+
+  assert flops.count(jax.jit(looped), x) == 5 * 2 * 4**3
+  with pytest.raises(ValueError, match='while loop with products'):
+    flops.count(searched, x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('size', 'wanted'), [('sd15', 6.45e12), ('sdxl', 54.07e12)]
+)
+def test_a_pair_of_the_real_models_costs_what_is_known(size, wanted):
+  assert flops.pair_flops(size) == pytest.approx(wanted, rel=0.01)
+
+
+def test_peaks_are_found_by_the_name_of_the_device():
+  assert flops.peak_of('NVIDIA H100 80GB HBM3') == 989e12
+  assert flops.peak_of('cpu') is None
+
+
+def test_the_real_sizes_have_the_released_parameters():
+  counts = {'sd15': 859_520_964, 'sdxl': 2_567_463_684}
+  for size, wanted in counts.items():
+    module = cases.make_model(size).unet
+    shapes = jax.eval_shape(
+      module.init, jax.random.key(0), **cases.unet_arguments(size, 1)
+    )
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == wanted
+
+
+def test_a_task_of_sdxl_takes_pooled_text_and_sizes():
+  task = cases.make_task('tiny_xl', cases.random_params('tiny_xl'))
+  batch = cases.random_batch('tiny_xl', 3)
+  loss, metrics = jax.eval_shape(
+    task.loss, task.params, task.frozen, batch, jax.random.key(0)
+  )
+  assert loss.shape == metrics['reward/margin'].shape == (3,)
+
+
+def test_step_time_writes_what_the_table_reads(tmp_path, capsys):
+  status = step_time.main(
+    [
+      'step_time',
+      '--size=nano',
+      '--pairs=8',
+      '--remat=dots',
+      '--seconds=0',
+      f'--json={tmp_path / "ours.json"}',
+    ]
+  )
+  assert status == 0
+  record = json.loads((tmp_path / 'ours.json').read_text())
+  assert record['margin_noise'] == 0.0
+  assert record['losses'][0] == pytest.approx(0.6931472, abs=1e-6)
+  peer = record | {'program': 'torch'}
+  peer['pairs_per_second'] = record['pairs_per_second'] / 2
+  (tmp_path / 'peer.json').write_text(json.dumps(peer))
+  capsys.readouterr()
+  assert table.main([str(tmp_path)]) == 0
+  assert 'nano: ours at 2.00 times' in capsys.readouterr().out
+
+
+def test_the_table_says_where_nothing_was_timed(tmp_path, capsys):
+  assert table.main([str(tmp_path)]) == 2
+  assert 'no timed step' in capsys.readouterr().err
