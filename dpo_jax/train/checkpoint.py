@@ -126,9 +126,9 @@ class Checkpointer:
     else the loop goes on from. Raises SaveError when this save, or the one
     before it, failed.
     """
+    self.wait()
     if self._latest == step:
       return
-    self.wait()
     self._saving = step, trees.num_bytes(state)
     try:
       if self._primary:
