@@ -30,18 +30,9 @@ PAIRS = {
   'objective__numbers__beta': 100.0,
   'objective__reward_beta': 100.0,
 }
-# A classifier compiles in a tenth of the time of a diffusion model.
-SMALL = {
-  'model__folder': None,
-  'data__holdout': 0.0,
-  'classifier__widths': '(8, 8)',
-  'classifier__palette': '(8,)',
-  'train__num_steps': 4,
-  'train__eval_every': 0,
-  'train__checkpoint_every': 2,
-}
+SMALL = {'train__num_steps': 4, 'train__checkpoint_every': 2}
 # Ends by a signal only; what is saved is saved because of it.
-ENDLESS = SMALL | {
+ENDLESS = {
   'train__num_steps': 100_000,
   'train__checkpoint_every': 100_000,
 }
@@ -122,10 +113,6 @@ def _wait_for_step(workdir, step, processes, logs):
 def _newest(workdir):
   names = (path.name for path in (workdir / 'checkpoints').iterdir())
   return max(int(name) for name in names if name.isdigit())
-
-
-def _small(arguments, workdir, options):
-  return arguments('configs/emoji_judge.py', workdir, **options)
 
 
 def _run_two(argv, folder):
@@ -223,16 +210,16 @@ def _check_restored(argv, workdir):
   assert _batches(job, position, 2) == _batches(job, position, 1)
 
 
-def test_two_processes_leave_a_run_that_one_restores(arguments, tmp_path):
+def test_two_processes_leave_a_run_that_one_restores(small_arguments, tmp_path):
   workdir = tmp_path / 'run'
-  argv = _small(arguments, workdir, SMALL)
+  argv = small_arguments(workdir, **SMALL)
   _run_two(argv, tmp_path / 'logs')
   _check_restored(argv, workdir)
   assert sorted(_losses(workdir)) == [1, 2, 3, 4]
   assert (workdir / 'export' / 'config.json').is_file()
   # One process on 8 devices makes the same run.
   alone = tmp_path / 'alone'
-  assert main.run(_small(arguments, alone, SMALL)) == 0
+  assert main.run(small_arguments(alone, **SMALL)) == 0
   _compare(_losses(alone), _losses(workdir))
 
 
@@ -280,9 +267,9 @@ def stopped(tmp_path_factory):
   """A run of two processes after SIGTERM to one: (workdir, codes, logs)."""
   folder = tmp_path_factory.mktemp('stopped')
 
-  def run(arguments):
+  def run(small_arguments):
     if not (folder / 'logs').exists():
-      argv = _small(arguments, folder / 'run', ENDLESS)
+      argv = small_arguments(folder / 'run', **ENDLESS)
       processes, logs = _start_two(argv, folder / 'logs')
       _wait_for_step(folder / 'run', 2, processes, logs)
       processes[1].send_signal(signal.SIGTERM)
@@ -293,8 +280,10 @@ def stopped(tmp_path_factory):
   return run
 
 
-def test_sigterm_to_one_of_two_saves_on_both(arguments, tmp_path, stopped):
-  workdir, codes, logs = stopped(arguments)
+def test_sigterm_to_one_of_two_saves_on_both(
+  small_arguments, tmp_path, stopped
+):
+  workdir, codes, logs = stopped(small_arguments)
   assert codes == [4, 4], _text(logs)
   saved = _newest(workdir)
   assert saved == max(_losses(workdir)) > 2
@@ -304,7 +293,7 @@ def test_sigterm_to_one_of_two_saves_on_both(arguments, tmp_path, stopped):
   for count in (8, 1):
     copy = tmp_path / f'copy{count}'
     shutil.copytree(workdir, copy)
-    _go_on(_small(arguments, copy, ENDLESS), count=count, steps=3)
+    _go_on(small_arguments(copy, **ENDLESS), count=count, steps=3)
     found = _losses(copy)
     assert sorted(found) == [*range(1, max(found) + 1)]
     assert _newest(copy) == max(found) >= saved + 3
@@ -313,10 +302,10 @@ def test_sigterm_to_one_of_two_saves_on_both(arguments, tmp_path, stopped):
 
 
 def test_a_killed_process_ends_the_other_with_a_message(
-  arguments, tmp_path, stopped
+  small_arguments, tmp_path, stopped
 ):
   workdir = tmp_path / 'run'
-  argv = _small(arguments, workdir, ENDLESS | {'train__checkpoint_every': 1})
+  argv = small_arguments(workdir, **ENDLESS | {'train__checkpoint_every': 1})
   processes, logs = _start_two(
     argv, tmp_path / 'logs', DPO_JAX_HEARTBEAT_SECONDS='20'
   )
@@ -328,11 +317,11 @@ def test_a_killed_process_ends_the_other_with_a_message(
   text = logs[0].read_text()
   assert 'cannot go on' in text or 'another task died' in text, text
   # What goes on from there has the losses of a run that was not killed.
-  found = [stopped(arguments)[0], workdir]
+  found = [stopped(small_arguments)[0], workdir]
   steps = [_newest(place) for place in found]
   for place, mine in zip(found, steps, strict=True):
     if mine < max(steps) + 2:
-      argv = _small(arguments, place, ENDLESS)
+      argv = small_arguments(place, **ENDLESS)
       _go_on(argv, count=8, steps=max(steps) + 2 - mine)
   losses = [_losses(place) for place in found]
   common = losses[0].keys() & losses[1].keys()

@@ -8,45 +8,8 @@ from typing import Any
 import jax
 
 from dpo_jax import folders
+from dpo_jax.train import changes
 from dpo_jax.train import lock as lock_lib
-
-# May differ when a run continues: they change no number of the training.
-FREE_KEYS = frozenset(
-  {
-    'train.log_every',
-    'train.eval_every',
-    'train.checkpoint_every',
-    'train.keep',
-    'mesh.data',
-    'mesh.fsdp',
-    'mesh.tensor',
-    'mesh.dcn_data',
-    'eval.num_prompts',
-    'eval.images_per_prompt',
-    'eval.sampler',
-    'eval.num_steps',
-    'eval.guidance_scale',
-    'eval.guidance_rescale',
-    'eval.batch_size',
-    'eval.num_draws',
-    'eval.num_pairs',
-    'eval.judge',
-    'eval.preferred',
-    'eval.retrieval',
-    'export.dtype',
-  }
-)
-
-
-def flatten(record: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Nested mappings to dotted keys."""
-  flat = {}
-  for name, value in record.items():
-    if isinstance(value, Mapping):
-      flat |= flatten(value, f'{prefix}{name}.')
-    else:
-      flat[f'{prefix}{name}'] = value
-  return flat
 
 
 class Workdir:
@@ -145,18 +108,12 @@ class Workdir:
     if text is None:
       return
     try:
-      old = flatten(json.loads(text))
+      old = json.loads(text)
     except ValueError as error:
       raise ValueError(
         f'{path}: not JSON; remove it if this folder is yours'
       ) from error
-    new = flatten(self._config)
-    missing = 'absent'
-    changed = [
-      f'{key}: {old.get(key, missing)!r} -> {new.get(key, missing)!r}'
-      for key in sorted(old.keys() | new.keys())
-      if old.get(key, missing) != new.get(key, missing) and key not in FREE_KEYS
-    ]
+    changed = changes.find_refused(old, self._config)
     if changed:
       raise ValueError(
         f'{self.path} was written by another config ({"; ".join(changed)}); '
