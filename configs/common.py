@@ -37,6 +37,9 @@ def get_config() -> ml_collections.ConfigDict:
   # With bfloat16: dtype of the sums beside the blocks, '' (bfloat16 as well) or
   # float32, which takes more memory.
   c.model.residual_dtype = ''
+  # The UNet's attention: auto (splash on TPU, cudnn on GPU with bfloat16, xla
+  # elsewhere) | xla | cudnn | splash.
+  c.model.attention = 'auto'
   # What the backward pass of a block computes again to save memory: none |
   # full (all, a forward pass more) | dots (all but convolutions and products
   # with weights) | names (all but the attentions' sums and the widest product).

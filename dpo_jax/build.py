@@ -250,6 +250,7 @@ def _open(config, mesh):
     dtype=config.model.dtype,
     remat=config.model.remat,
     residual_dtype=config.model.residual_dtype,
+    attention=config.model.attention,
     zero_terminal_snr=config.noise.zero_terminal_snr,
   )
   if config.data.resolution % opened.model.downscale:
