@@ -161,6 +161,13 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.checkpoint_every = 100
   # Newest checkpoints kept.
   c.train.keep = 3
+  # Where compiled programs are kept for a run that goes on: auto
+  # (WORKDIR/compiled on an accelerator) | a folder or gs:// path | '' (not).
+  c.train.compile_cache = 'auto'
+  # Trace so many steps from this one on with JAX's profiler, into
+  # WORKDIR/profile; from 0 is off.
+  c.train.profile_from = 0
+  c.train.profile_steps = 5
 
   c.mesh = ml_collections.ConfigDict()
   # Devices along each axis; -1 takes all that are left.

@@ -223,6 +223,8 @@ def _make_options(config):
         'eval_every',
         'checkpoint_every',
         'keep',
+        'profile_from',
+        'profile_steps',
       )
     },
   )

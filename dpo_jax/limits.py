@@ -72,6 +72,8 @@ RANGES = {
   'train.eval_every': (0, math.inf),
   'train.checkpoint_every': (1, math.inf),
   'train.keep': (1, math.inf),
+  'train.profile_from': (0, math.inf),
+  'train.profile_steps': (1, math.inf),
   'mesh.tensor': (1, math.inf),
   'mesh.dcn_data': (1, math.inf),
   'eval.num_prompts': (1, math.inf),

@@ -8,7 +8,7 @@ import jax
 from absl import logging
 
 from dpo_jax import build, distributed, finish, flags, limits
-from dpo_jax.train import checkpoint, loop, preemption, workdir
+from dpo_jax.train import checkpoint, compile_cache, loop, preemption, workdir
 
 USAGE_ERROR, RUN_ERROR, PREEMPTED = 2, 3, 4
 
@@ -59,6 +59,13 @@ def _run(argv, watch):
     with distributed.together():
       stack.enter_context(place)
       distributed.say(place.describe(jax.devices()))
+      compile_cache.start(
+        compile_cache.choose(
+          config.train.compile_cache,
+          workdir=folder,
+          platform=jax.devices()[0].platform,
+        )
+      )
       job = build.build(config)
       for name, record in job.pinned.items():
         place.pin(name, record)

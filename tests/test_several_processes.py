@@ -138,22 +138,15 @@ def _restore(argv, data):
     job = build.build(config)
   settings = job.loop_arguments
   saver = checkpoint.Checkpointer(folder, every=1, keep=2)
-  seen = {}
-
-  class _Loader:
-    def set_state(self, position):
-      seen['position'] = position
-
-  state, _ = loop._restore_or_start(
+  state, record = loop._restore_or_start(
     settings['task'],
     settings['optimizer'],
     settings['options'],
     job.mesh,
     saver,
-    _Loader(),
   )
   saver.close()
-  return state, seen['position'], job
+  return state, record['position'], job
 
 
 def _ids(job, position, count):
