@@ -3,7 +3,6 @@
 import os
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 _SETTING = 'jax_compilation_cache_dir'
 
@@ -28,5 +27,3 @@ def start(folder: str | None) -> None:
   """Keeps what takes more than a second to compile; None changes nothing."""
   if folder is not None:
     jax.config.update(_SETTING, folder)
-    # JAX asks for the folder once, at the first program.
-    compilation_cache.reset_cache()

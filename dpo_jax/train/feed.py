@@ -35,8 +35,7 @@ class Feed:
     """Loads the batch that `take` will give; nothing if it is there."""
     if self._ahead is None:
       batch = next(self._loader)
-      placed = sharding.put_batch(batch, self._mesh)
-      self._ahead = batch, placed, self._loader.get_state()
+      self._ahead = batch, sharding.put_batch(batch, self._mesh)
 
   def peek(self) -> dict[str, jax.Array]:
     """The batch that `take` will give, on the mesh."""
@@ -46,5 +45,6 @@ class Feed:
   def take(self) -> tuple[dict[str, np.ndarray], dict[str, jax.Array]]:
     """(id and epoch of this process's rows, the global batch on the mesh)."""
     self.load()
-    (batch, placed, self.position), self._ahead = self._ahead, None
+    (batch, placed), self._ahead = self._ahead, None
+    self.position = self._loader.get_state()
     return {name: batch[name] for name in ('id', 'epoch')}, placed

@@ -51,7 +51,8 @@ def guarded(step_fn: Callable) -> Callable:
     following, metrics = step_fn(state, frozen, batch, key)
     bad = {name: ~jnp.isfinite(metrics[name]) for name in FATAL}
     stopped = totals.bad_step != 0
-    stops = ~stopped & (bad['loss'] | bad['norm/grads'])
+    # The state's step stands still too: a later bad one has the same number.
+    stops = bad['loss'] | bad['norm/grads']
     keep = stopped | stops
     following = jax.tree.map(
       lambda new, old: jnp.where(keep, old, new), following, state

@@ -83,8 +83,11 @@ def _w(result):
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('whole')
-  return _run(workdir), workdir
+  workdir, loader = tmp_path_factory.mktemp('whole'), _Loader()
+  result = _run(workdir, loader)
+  # Nothing was loaded that no step took.
+  assert loader.position == 8
+  return result, workdir
 
 
 def test_a_line_is_the_mean_over_its_window(whole):
@@ -163,6 +166,13 @@ def test_after_a_bad_step_state_and_totals_stand_still():
   assert bool(sums.bad['loss']) and not bool(sums.bad['norm/grads'])
   assert int(state.step) == 2 and float(state.w) == 3.0
   assert float(sums.counts['norm/grads']) == 3
+
+
+def test_rows_are_kept_until_the_host_has_looked(tmp_path):
+  window = loop._Window(tmp_path)
+  window.rows[1] = {'id': np.zeros(1), 'epoch': np.zeros(1)}
+  window.read(totals.empty([]), None)
+  assert window.rows == {}
 
 
 def test_totals_go_through_json_exactly():
