@@ -37,6 +37,9 @@ def get_config() -> ml_collections.ConfigDict:
   # With bfloat16: dtype of the sums beside the blocks, '' (bfloat16 as well) or
   # float32, which takes more memory.
   c.model.residual_dtype = ''
+  # The UNet's attention: auto (splash on TPU, cudnn on GPU with bfloat16, xla
+  # elsewhere) | xla | cudnn | splash.
+  c.model.attention = 'auto'
   # What the backward pass of a block computes again to save memory: none |
   # full (all, a forward pass more) | dots (all but convolutions and products
   # with weights) | names (all but the attentions' sums and the widest product).
@@ -158,6 +161,13 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.checkpoint_every = 100
   # Newest checkpoints kept.
   c.train.keep = 3
+  # Where compiled programs are kept for a run that goes on: auto
+  # (WORKDIR/compiled on an accelerator) | a folder or gs:// path | '' (not).
+  c.train.compile_cache = 'auto'
+  # Trace so many steps from this one on with JAX's profiler, into
+  # WORKDIR/profile; from 0 is off.
+  c.train.profile_from = 0
+  c.train.profile_steps = 5
 
   c.mesh = ml_collections.ConfigDict()
   # Devices along each axis; -1 takes all that are left.

@@ -223,6 +223,8 @@ def _make_options(config):
         'eval_every',
         'checkpoint_every',
         'keep',
+        'profile_from',
+        'profile_steps',
       )
     },
   )
@@ -250,6 +252,7 @@ def _open(config, mesh):
     dtype=config.model.dtype,
     remat=config.model.remat,
     residual_dtype=config.model.residual_dtype,
+    attention=config.model.attention,
     zero_terminal_snr=config.noise.zero_terminal_snr,
   )
   if config.data.resolution % opened.model.downscale:

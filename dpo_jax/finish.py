@@ -23,7 +23,7 @@ from dpo_jax.evaluate import (
   retrieval,
   stats,
 )
-from dpo_jax.train import loop, progress
+from dpo_jax.train import evaluators, loop, progress
 from dpo_jax.train import state as state_lib
 from dpo_jax.weights import classifiers
 
@@ -285,7 +285,7 @@ def _finish_preference(job, result, path):
 def _implicit_accuracy(job: build.Job, trained) -> dict[str, Any]:
   """Share of held-out pairs whose winner has the larger implicit reward."""
   task = job.loop_arguments['task']
-  eval_step = loop.make_per_example(task.evaluators['pairs'], job.mesh)
+  eval_step = evaluators.make_per_example(task.evaluators['pairs'], job.mesh)
   frozen, params = (
     jax.device_put(tree, sharding.state_shardings(tree, job.mesh))
     for tree in (task.frozen, trained)

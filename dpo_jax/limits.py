@@ -10,7 +10,7 @@ from typing import Any
 import ml_collections
 
 from dpo_jax.diffusion import samplers
-from dpo_jax.models import unet
+from dpo_jax.models import attention, unet
 from dpo_jax.objectives import dpo, sft
 from dpo_jax.tasks import inputs as inputs_lib
 from dpo_jax.tasks import preference, reference
@@ -24,6 +24,7 @@ CHOICES = {
   'task': TASKS,
   'model.dtype': ('float32', 'bfloat16'),
   'model.remat': unet.REMAT,
+  'model.attention': attention.BACKENDS,
   'model.residual_dtype': ('', 'float32'),
   'model.ref_path': reference.CHOICES,
   'model.ref_dtype': preference.STORED_DTYPES,
@@ -71,6 +72,8 @@ RANGES = {
   'train.eval_every': (0, math.inf),
   'train.checkpoint_every': (1, math.inf),
   'train.keep': (1, math.inf),
+  'train.profile_from': (0, math.inf),
+  'train.profile_steps': (1, math.inf),
   'mesh.tensor': (1, math.inf),
   'mesh.dcn_data': (1, math.inf),
   'eval.num_prompts': (1, math.inf),

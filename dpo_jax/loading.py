@@ -12,6 +12,7 @@ from dpo_jax import folders, sharding, trees, types
 from dpo_jax import stable_diffusion as sd_lib
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.diffusion import schedule as schedule_lib
+from dpo_jax.models import attention as attention_lib
 from dpo_jax.models import clip, unet, vae
 from dpo_jax.train import checkpoint
 from dpo_jax.weights import (
@@ -52,11 +53,16 @@ def make_model(
   parts: pipeline.Pipeline,
   *,
   dtype: types.DTypeLike,
+  platform: str = 'cpu',
   remat: str = 'none',
   residual_dtype: str = '',
+  attention: str = 'auto',
   zero_terminal_snr: bool = False,
 ) -> sd_lib.StableDiffusion:
   """Modules and schedule of a pipeline folder.
+
+  attention: a backend of models.attention for the UNet, on devices of that
+  `platform`; the VAE and the text encoders use xla's.
 
   The VAE of an SDXL whose config says force_upcast computes in float32: half
   precision overflows in it (diffusers' other pipelines ignore that flag). With
@@ -78,6 +84,7 @@ def make_model(
       dtype=dtype,
       remat=remat,
       residual_dtype=jnp.dtype(residual_dtype) if residual_dtype else None,
+      attention=attention_lib.choose(attention, platform=platform, dtype=dtype),
     ),
     vae=vae.AutoencoderKL(
       settings,
@@ -153,7 +160,7 @@ def open_model(
     base=base,
     base_has_weights=source.kind == 'folder',
     source={'name': name, 'revision': source.revision},
-    model=make_model(parts, **options),
+    model=make_model(parts, platform=mesh.devices.flat[0].platform, **options),
     params=params,
     tokenizers=tokenizer_lib.load_all(parts.tokenizer_folders),
   )

@@ -8,7 +8,7 @@ import jax
 from absl import logging
 
 from dpo_jax import build, distributed, exits, finish, flags, limits
-from dpo_jax.train import loop, preemption, workdir
+from dpo_jax.train import compile_cache, loop, preemption, workdir
 
 
 def run(argv: list[str]) -> int:
@@ -30,6 +30,12 @@ def _run(argv, watch):
     with distributed.together():
       stack.enter_context(place)
       distributed.say(place.describe(jax.devices()))
+      cache = compile_cache.choose(
+        config.train.compile_cache,
+        workdir=folder,
+        platform=jax.devices()[0].platform,
+      )
+      compile_cache.start(cache)
       job = build.build(config)
       for name, record in job.pinned.items():
         place.pin(name, record)

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from dpo_jax import distributed, main
-from dpo_jax.train import loop, preemption
+from dpo_jax.train import feed, preemption
 
 THREE = {
   'DPO_JAX_COORDINATOR': 'host:1234',
@@ -159,18 +159,18 @@ def test_a_signal_saves_the_step_and_the_log_has_no_seam(
 ):
   """Stopped within a log window, then after a step that is saved anyway."""
   argv = small_arguments(tmp_path, **SIX)
-  real = loop._Log.add
-  for count, step in ((2, 3), (1, 4)):
-    added = []
+  real = feed.Feed.take
+  for count, step in ((3, 3), (1, 4)):
+    taken = []
 
-    def add(self, metrics, count=count, added=added):
-      real(self, metrics)
-      added.append(1)
-      if len(added) == count:
+    def take(self, count=count, taken=taken):
+      taken.append(1)
+      if len(taken) == count:
         os.kill(os.getpid(), number)
+      return real(self)
 
     with monkeypatch.context() as patch:
-      patch.setattr(loop._Log, 'add', add)
+      patch.setattr(feed.Feed, 'take', take)
       assert main.run(argv) == 4
     said = capsys.readouterr().err
     (line,) = (x for x in said.splitlines() if 'stopped by a signal' in x)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import keys
-from dpo_jax.train import loop
+from dpo_jax.train import loop, totals
 
 
 def test_ids_of_64_bits_and_back():
@@ -39,12 +39,15 @@ def test_keys_of_ids_are_folded_word_by_word():
 
 
 def test_a_bad_step_names_ids_of_64_bits(tmp_path):
-  batch = {
+  window = loop._Window(tmp_path)
+  window.rows[3] = {
     'id': keys.split_ids(np.array([2**40, 5], np.uint64)),
     'epoch': np.array([1, 2], np.uint32),
   }
-  metrics = {'loss': np.nan, 'norm/grads': 1.0}
+  bad = totals.empty([]).replace(
+    bad_step=np.int32(3), bad={'loss': True, 'norm/grads': False}
+  )
   with pytest.raises(loop.NonFiniteLossError, match='ids 1099511627776, 5'):
-    loop._check_finite((3, metrics, batch), tmp_path, None)
+    window.read(bad, None)
   record = json.loads((tmp_path / 'nonfinite_step_3.json').read_text())
   assert record['ids'] == [2**40, 5] and record['epochs'] == [1, 2]

@@ -17,7 +17,7 @@ import pytest
 
 from dpo_jax import build, datasets, flags, main, trees
 from dpo_jax import keys as keys_lib
-from dpo_jax.train import checkpoint, loop
+from dpo_jax.train import checkpoint, feed, loop
 
 # On a busy machine two processes compile for minutes.
 pytestmark = pytest.mark.timeout(1800)
@@ -141,22 +141,15 @@ def _restore(argv, count):
     job = build.build(config)
   settings = job.loop_arguments
   saver = checkpoint.Checkpointer(folder, every=1, keep=2)
-  seen = {}
-
-  class _Loader:
-    def set_state(self, position):
-      seen['position'] = position
-
-  state, _ = loop._restore_or_start(
+  state, record = loop._restore_or_start(
     settings['task'],
     settings['optimizer'],
     settings['options'],
     job.mesh,
     saver,
-    _Loader(),
   )
   saver.close()
-  return state, seen['position'], job
+  return state, record['position'], job
 
 
 def _batches(job, position, count):
@@ -249,16 +242,16 @@ def test_two_processes_align_a_model_as_one_does(arguments, tmp_path):
 
 def _go_on(argv, *, count, steps):
   """The run in this process on `count` devices, stopped after so many steps."""
-  added, real = [], loop._Log.add
+  taken, real = [], feed.Feed.take
 
-  def add(self, metrics):
-    real(self, metrics)
-    added.append(1)
-    if len(added) == steps:
+  def take(self):
+    taken.append(1)
+    if len(taken) == steps:
       os.kill(os.getpid(), signal.SIGTERM)
+    return real(self)
 
   with pytest.MonkeyPatch.context() as patch, _devices(count):
-    patch.setattr(loop._Log, 'add', add)
+    patch.setattr(feed.Feed, 'take', take)
     assert main.run(argv) == 4
 
 

@@ -185,7 +185,7 @@ def generate_batches(
   inputs: arrays [n ...] of make_sample_fn's batch, keys aside. seeds: one
   number a picture, folded into the run's `seed`.
   """
-  base = jax.random.key(seed)
+  base, sample_fn = jax.random.key(seed), sharding.over(mesh, sample_fn)
   n = len(seeds)
   local = batch_size // jax.process_count()
   begin = local * jax.process_index()

@@ -1,12 +1,40 @@
 """Attention: one function that every model calls, and its module."""
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from dpo_jax import types
-from dpo_jax.models import layers
+from dpo_jax.models import attention_kernels, layers
+
+BACKENDS = ('auto', 'xla', 'cudnn', 'splash')
+# Where each backend runs; JAX calls a GPU by either name.
+_PLATFORMS = {'cudnn': ('gpu', 'cuda'), 'splash': ('tpu',)}
+
+
+def choose(name: str, *, platform: str, dtype: types.DTypeLike) -> str:
+  """The backend for `platform`, which is that of the mesh's devices.
+
+  'auto' is splash on a TPU, cudnn on a GPU in half precision, xla elsewhere.
+  Raises ValueError where a backend that was asked for cannot run.
+  """
+  half = jnp.dtype(dtype).itemsize == 2
+  if name == 'auto':
+    for backend, platforms in _PLATFORMS.items():
+      if platform in platforms and (half or backend != 'cudnn'):
+        return backend
+    return 'xla'
+  if platform not in _PLATFORMS.get(name, (platform,)):
+    raise ValueError(
+      f'model.attention={name}: runs on {_PLATFORMS[name][0]} only, and this '
+      f'is {platform}; use auto'
+    )
+  if name == 'cudnn' and not half:
+    raise ValueError(
+      'model.attention=cudnn: computes in half precision only; set '
+      'model.dtype=bfloat16, or use auto'
+    )
+  return name
 
 
 def attend(
@@ -15,21 +43,19 @@ def attend(
   v: Float[Array, 'n k h d'],
   *,
   is_causal: bool = False,
+  backend: str = 'xla',
 ) -> Float[Array, 'n q h d']:
   """softmax(q k^T / sqrt(d)) v, per head; output in the dtype of `v`.
 
   Scores and softmax are float32 whatever the inputs are, which is what
   diffusers calls upcast_attention. Vaswani et al. 2017, equation 1.
+
+  backend: as `choose` returns it. What its kernel does not take (few or odd
+  tokens, wide heads) is computed by xla, with the same result to rounding.
   """
-  scores = jnp.einsum(
-    'nqhd,nkhd->nhqk', q, k, preferred_element_type=jnp.float32
-  )
-  scores = scores * q.shape[-1] ** -0.5
-  if is_causal:
-    mask = jnp.tri(q.shape[1], k.shape[1], dtype=bool)
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum('nhqk,nkhd->nqhd', weights, v)
+  if backend == 'xla' or is_causal:
+    return attention_kernels.xla(q, k, v, is_causal=is_causal)
+  return attention_kernels.run(backend, q, k, v)
 
 
 class Attention(nn.Module):
@@ -45,6 +71,7 @@ class Attention(nn.Module):
   norm_groups: int | None = None
   norm_eps: float = 1e-6
   dtype: types.DTypeLike = jnp.float32
+  backend: str = 'xla'
 
   @nn.compact
   def __call__(
@@ -67,5 +94,6 @@ class Attention(nn.Module):
 
     q = project('to_q', x)
     k, v = project('to_k', context), project('to_v', context)
-    out = attend(q, k, v).reshape(*x.shape[:-1], channels)
+    out = attend(q, k, v, backend=self.backend)
+    out = out.reshape(*x.shape[:-1], channels)
     return layers.Dense(channels, dtype=self.dtype, name='to_out_0')(out)

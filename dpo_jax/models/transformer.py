@@ -51,6 +51,7 @@ class Transformer2D(nn.Module):
   use_linear_projection: bool
   dtype: types.DTypeLike
   remat: str
+  backend: str = 'xla'
 
   @nn.compact
   def __call__(
@@ -70,9 +71,9 @@ class Transformer2D(nn.Module):
     y = project('proj_in', nn.linear.default_kernel_init)(y)
     y = y.reshape(n, h * w, c).astype(x.dtype)
     for i in range(self.depth):
-      y = layer(self.heads, self.dtype, name=f'transformer_blocks_{i}')(
-        y, context
-      )
+      y = layer(
+        self.heads, self.dtype, self.backend, name=f'transformer_blocks_{i}'
+      )(y, context)
     y = y.reshape(n, h, w, c)
     return x + project('proj_out', nn.initializers.zeros)(y)
 
@@ -82,6 +83,7 @@ class TransformerLayer(nn.Module):
 
   heads: int
   dtype: types.DTypeLike
+  backend: str = 'xla'
 
   @nn.compact
   def __call__(self, x, context):
@@ -89,7 +91,9 @@ class TransformerLayer(nn.Module):
       return layers.layer_norm(dtype=self.dtype, name=name)
 
     def attend(name):
-      return attention.Attention(self.heads, dtype=self.dtype, name=name)
+      return attention.Attention(
+        self.heads, dtype=self.dtype, backend=self.backend, name=name
+      )
 
     x = checkpoint_name(x + attend('attn1')(norm('norm1')(x)), NAMES[0])
     x = x + attend('attn2')(norm('norm2')(x), context)

@@ -21,13 +21,15 @@ class UNet2DConditionModel(nn.Module):
   memory, a forward pass more); 'dots', all but convolutions and products
   with weights; 'names', all but what the transformer layers name. The numbers
   are the same. `residual_dtype` is that of the sums that run through the
-  network beside its blocks, None being `dtype`.
+  network beside its blocks, None being `dtype`. `attention` is a backend of
+  models.attention.
   """
 
   config: UNetConfig
   dtype: types.DTypeLike = jnp.float32
   remat: str = 'none'
   residual_dtype: types.DTypeLike | None = None
+  attention: str = 'xla'
 
   @nn.compact
   def __call__(
@@ -71,7 +73,7 @@ class UNet2DConditionModel(nn.Module):
       x = 2 * x - 1
     x = layers.conv(width, dtype=dtype, name='conv_in')(x).astype(stream)
 
-    settings = (config, dtype, self.remat)
+    settings = (config, dtype, self.remat, self.attention)
     skips = [x]
     for i in range(len(config.block_out_channels)):
       block = unet_blocks.DownBlock(*settings, i, name=f'down_blocks_{i}')

@@ -18,6 +18,7 @@ class Block(nn.Module):
   config: unet_config.UNetConfig
   dtype: types.DTypeLike
   remat: str
+  backend: str
 
   def resnet(self, i, features):
     cls = transformer.rematted(layers.ResnetBlock2D, self.remat)
@@ -39,6 +40,7 @@ class Block(nn.Module):
       use_linear_projection=self.config.use_linear_projection,
       dtype=self.dtype,
       remat=self.remat,
+      backend=self.backend,
       name=f'attentions_{i}',
     )
 

@@ -3,11 +3,10 @@
 import contextlib
 import dataclasses
 import json
-import math
 import pathlib
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,24 +14,17 @@ import optax
 from jax.experimental import multihost_utils
 
 from dpo_jax import keys as keys_lib
-from dpo_jax import sharding, types
+from dpo_jax import distributed, sharding
 from dpo_jax import task as task_lib
 from dpo_jax.train import checkpoint as checkpoint_lib
-from dpo_jax.train import metrics as metrics_lib
+from dpo_jax.train import evaluators as evaluators_lib
+from dpo_jax.train import feed as feed_lib
+from dpo_jax.train import log as log_lib
 from dpo_jax.train import preemption
-from dpo_jax.train import progress as progress_lib
+from dpo_jax.train import profile as profile_lib
 from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
-
-
-class Loader(Protocol):
-  """Batches of numpy arrays with an integer position."""
-
-  def __next__(self) -> dict[str, np.ndarray]: ...
-
-  def get_state(self) -> int: ...
-
-  def set_state(self, position: int) -> None: ...
+from dpo_jax.train import totals as totals_lib
 
 
 class NonFiniteLossError(RuntimeError):
@@ -52,6 +44,8 @@ class Options:
   eval_every: int
   checkpoint_every: int
   keep: int
+  profile_from: int = 0
+  profile_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,59 +63,49 @@ class Result:
   steps: int
 
 
-def make_per_example(
-  loss_fn: task_lib.LossFn, mesh: jax.sharding.Mesh
-) -> Callable[..., dict[str, np.ndarray]]:
-  """evaluate(params, frozen, batch, key) -> metrics [b] of the whole batch.
+class _Window:
+  """The steps since the host last looked at the totals."""
 
-  batch: this process's rows, [b_local, ...]. All processes call it and get
-  all rows, in the loader's order: that of the devices may be another one.
-  """
-  whole = sharding.replicated(mesh)
-  eval_step = jax.jit(step_lib.make_eval_step(loss_fn), out_shardings=whole)
-  gather = jax.jit(lambda rows: rows, out_shardings=whole)
+  def __init__(self, workdir: pathlib.Path):
+    self._workdir = workdir
+    # Step to 'id' and 'epoch' of this process's examples.
+    self.rows: dict[int, dict[str, np.ndarray]] = {}
 
-  def evaluate(params, frozen, batch, key):
-    values = eval_step(params, frozen, sharding.put_batch(batch, mesh), key)
-    count = len(batch['id'])
-    rows = np.arange(count, dtype=np.int32) + jax.process_index() * count
-    rows = gather(sharding.put_batch({'rows': rows}, mesh)['rows'])
-    order = np.argsort(np.asarray(rows))
-    return {name: np.asarray(value)[order] for name, value in values.items()}
+  def read(
+    self, totals: totals_lib.Totals, last_saved: int | None
+  ) -> totals_lib.Totals:
+    """The totals on the host; waits until they are computed.
 
-  return evaluate
+    Raises NonFiniteLossError for a bad step, after dumping its batch.
+    """
+    totals = jax.device_get(totals)
+    if totals.bad_step:
+      self._stop(totals, last_saved)
+    self.rows.clear()
+    return totals
 
-
-def _check_finite(
-  pending: tuple, workdir: pathlib.Path, last_saved: int | None
-) -> None:
-  """Raises NonFiniteLossError for a bad step, after dumping its batch."""
-  step, metrics, batch = pending
-  names = [
-    name
-    for name in ('loss', 'norm/grads')
-    if not math.isfinite(float(metrics[name]))
-  ]
-  if not names:
-    return
-  ids, epochs = (_all_rows(batch[name]) for name in ('id', 'epoch'))
-  ids = keys_lib.id_numbers(ids)
-  path = workdir / f'nonfinite_step_{step}.json'
-  record = {
-    'step': step,
-    'bad': names,
-    'ids': ids,
-    'epochs': epochs.tolist(),
-  }
-  if jax.process_index() == 0:
-    path.write_text(json.dumps(record) + '\n')
-  shown = ', '.join(map(str, ids[:8])) + (' ...' if len(ids) > 8 else '')
-  kept = 'no checkpoint yet' if last_saved is None else f'step {last_saved}'
-  raise NonFiniteLossError(
-    f'step {step}: {" and ".join(names)} is not finite; example ids {shown} '
-    f'(all in {path.name}); last good checkpoint: {kept}. Lower optim.lr, or '
-    'look at these examples.'
-  )
+  def _stop(self, totals, last_saved):
+    step = int(totals.bad_step)
+    names = [name for name in totals_lib.FATAL if totals.bad[name]]
+    rows = self.rows[step]
+    ids, epochs = (_all_rows(rows[name]) for name in ('id', 'epoch'))
+    ids = keys_lib.id_numbers(ids)
+    path = self._workdir / f'nonfinite_step_{step}.json'
+    record = {
+      'step': step,
+      'bad': names,
+      'ids': ids,
+      'epochs': epochs.tolist(),
+    }
+    if jax.process_index() == 0:
+      path.write_text(json.dumps(record) + '\n')
+    shown = ', '.join(map(str, ids[:8])) + (' ...' if len(ids) > 8 else '')
+    kept = 'no checkpoint yet' if last_saved is None else f'step {last_saved}'
+    raise NonFiniteLossError(
+      f'step {step}: {" and ".join(names)} is not finite; example ids {shown} '
+      f'(all in {path.name}); last good checkpoint: {kept}. Lower optim.lr, or '
+      'look at these examples.'
+    )
 
 
 def _all_rows(rows: np.ndarray) -> np.ndarray:
@@ -131,27 +115,8 @@ def _all_rows(rows: np.ndarray) -> np.ndarray:
   return multihost_utils.process_allgather(rows, tiled=True)
 
 
-def evaluate(
-  eval_step: Callable,
-  params: types.Params,
-  frozen: types.PyTree,
-  batches: Iterable[tuple[dict[str, np.ndarray], int]],
-  key: types.Key,
-) -> dict[str, float]:
-  """Means over (batch, number of valid rows); padding rows are cut off.
-
-  eval_step: as make_per_example makes it.
-  """
-  window = metrics_lib.Window()
-  for batch, valid in batches:
-    values = eval_step(params, frozen, batch, key)
-    for row in range(valid):
-      window.add({name: float(value[row]) for name, value in values.items()})
-  return window.take()
-
-
-def _restore_or_start(task, optimizer, options, mesh, checkpointer, loader):
-  """State on the mesh and the log window; the loader is at its position."""
+def _restore_or_start(task, optimizer, options, mesh, checkpointer):
+  """(state on the mesh, what was saved beside it or None)."""
 
   def init(params):
     return state_lib.init_state(
@@ -161,7 +126,7 @@ def _restore_or_start(task, optimizer, options, mesh, checkpointer, loader):
   shapes = jax.eval_shape(init, task.params)
   placement = sharding.state_shardings(shapes, mesh)
   if checkpointer.latest_step() is None:
-    return jax.jit(init, out_shardings=placement)(task.params), {}
+    return jax.jit(init, out_shardings=placement)(task.params), None
   target = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=place
@@ -169,71 +134,7 @@ def _restore_or_start(task, optimizer, options, mesh, checkpointer, loader):
     shapes,
     placement,
   )
-  state, record = checkpointer.restore(target)
-  loader.set_state(record['position'])
-  return state, record['window']
-
-
-class _Log:
-  """Means over the log window, the rates, and who writes them."""
-
-  def __init__(self, workdir, *, first, window, options, schedule):
-    self._writer = metrics_lib.Writer(workdir, step=first)
-    self._window = metrics_lib.Window(window)
-    self._options, self._schedule = options, schedule
-    self._started = time.monotonic()
-    self.restart_clock(first)
-
-  def restart_clock(self, step):
-    """Rates count from here: what came before was no training."""
-    self._mark, self._marked = time.monotonic(), step
-
-  def add(self, metrics):
-    self._window.add({name: float(value) for name, value in metrics.items()})
-
-  def window(self):
-    """What a run that goes on from here must know of the window."""
-    return self._window.values()
-
-  def write(self, step) -> dict[str, float]:
-    """Writes and returns the window's means."""
-    now = time.monotonic()
-    values = self._window.take() | {'lr': float(self._schedule(step - 1))}
-    if step > self._marked:
-      rate = (step - self._marked) / (now - self._mark)
-      values |= {
-        'time/steps_per_second': rate,
-        'time/examples_per_second': rate * self._options.batch_size,
-      }
-    values['time/seconds'] = now - self._started
-    self._writer.write(step, values)
-    self.restart_clock(step)
-    return values
-
-  def write_eval(self, step, values):
-    if values:
-      self._writer.write(step, values)
-    self.restart_clock(step)
-
-  def close(self):
-    self._writer.close()
-
-
-def _make_evaluate(task, frozen, eval_batches, key, mesh):
-  """state -> metrics `eval/NAME/...` of all the task's evaluators."""
-  steps = {
-    name: make_per_example(fn, mesh) for name, fn in task.evaluators.items()
-  }
-
-  def run_all(state):
-    params = state_lib.final_params(state)
-    values = {}
-    for name, fn in steps.items():
-      means = evaluate(fn, params, frozen, eval_batches(), key)
-      values |= {f'eval/{name}/{k}': v for k, v in means.items()}
-    return values
-
-  return run_all
+  return checkpointer.restore(target)
 
 
 def _place(frozen, seed, mesh):
@@ -245,15 +146,61 @@ def _place(frozen, seed, mesh):
   return jax.device_put(frozen, placement), make_key()
 
 
-def _make_train_step(task, optimizer, options, state):
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+  """All that the steps need; without steps `step` is None.
+
+  totals: where a window goes on that a stop has cut; empty: a new window's.
+  """
+
+  state: state_lib.TrainState
+  frozen: Any
+  key: Any
+  feed: feed_lib.Feed
+  step: Callable | None = None
+  totals: totals_lib.Totals | None = None
+  empty: totals_lib.Totals | None = None
+  compile_seconds: float = 0.0
+
+
+def _prepare(task, optimizer, options, mesh, checkpointer, loader) -> _Ready:
+  """Restores or starts the state and compiles the step."""
+  state, saved = _restore_or_start(task, optimizer, options, mesh, checkpointer)
+  if saved is not None:
+    loader.set_state(saved['position'])
+  feed = feed_lib.Feed(loader, mesh)
+  frozen, key = _place(task.frozen, options.seed, mesh)
+  ready = _Ready(state, frozen, key, feed)
+  if state.step >= options.num_steps:
+    return ready
   step_fn = step_lib.make_step(
     task.loss,
     optimizer,
     accumulate=options.accumulate,
     ema_decay=options.ema_decay,
   )
-  placement = jax.tree.map(lambda leaf: leaf.sharding, state)
-  return jax.jit(step_fn, donate_argnums=0, out_shardings=(placement, None))
+  arguments = frozen, feed.peek(), key
+  _, metrics = jax.eval_shape(step_fn, state, *arguments)
+  totals, whole = totals_lib.empty(metrics), sharding.replicated(mesh)
+  empty = jax.device_put(totals, whole)
+  if saved is not None:
+    totals = totals_lib.from_record(saved['window'], names=metrics)
+  totals = jax.device_put(totals, whole)
+  train_step = jax.jit(
+    totals_lib.guarded(step_fn),
+    donate_argnums=0,
+    out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), whole),
+  )
+  before = time.monotonic()
+  compiled = train_step.lower(state, totals, *arguments).compile()
+  distributed.wait_for_all()
+  return dataclasses.replace(
+    ready,
+    step=compiled,
+    totals=totals,
+    empty=empty,
+    compile_seconds=time.monotonic() - before,
+  )
 
 
 def run(
@@ -261,8 +208,8 @@ def run(
   task: task_lib.Task,
   optimizer: optax.GradientTransformation,
   schedule: Callable[[int], Any],
-  loader: Loader,
-  eval_batches: Callable[[], Iterable[tuple[dict[str, np.ndarray], int]]],
+  loader: feed_lib.Loader,
+  eval_batches: Callable[[], evaluators_lib.Batches],
   options: Options,
   mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
@@ -270,81 +217,85 @@ def run(
 ) -> Result:
   """Trains to `options.num_steps`, continuing from the newest checkpoint.
 
-  Stops with NonFiniteLossError within one step of a NaN; the checkpoint
-  before it stays. Everything is logged at step multiples of log_every as the
-  mean over the window. should_stop(step): asked after every step but the
-  last; where it is true, in all processes, the step is saved and Preempted
-  raised.
+  A NaN changes no state; the run stops with NonFiniteLossError where it next
+  logs or saves, and names the step. Everything is logged at step multiples of
+  log_every as the mean over the window; between them the host waits for no
+  result. should_stop(step): asked after every step but the last; where it is
+  true, in all processes, the step is saved and Preempted raised.
   """
+  started = time.monotonic()
+  window = _Window(workdir)
   checkpointer = checkpoint_lib.Checkpointer(
     workdir, every=options.checkpoint_every, keep=options.keep
   )
-  state, window = _restore_or_start(
-    task, optimizer, options, mesh, checkpointer, loader
-  )
-  first, last_saved = int(state.step), checkpointer.latest_step()
-  frozen, key = _place(task.frozen, options.seed, mesh)
-  train_step = _make_train_step(task, optimizer, options, state)
-  evaluate_all = _make_evaluate(task, frozen, eval_batches, key, mesh)
-  log = _Log(
-    workdir, first=first, window=window, options=options, schedule=schedule
-  )
-  started = time.monotonic()
-  compile_seconds, pending = 0.0, None
-  # However the loop ends, a save under way is finished first.
-  with (
-    contextlib.closing(checkpointer),
-    contextlib.closing(log),
-    progress_lib.Progress(first, options.num_steps) as progress,
-  ):
+  # However the run ends, a save under way is finished first.
+  with contextlib.ExitStack() as stack:
+    stack.callback(checkpointer.close)
+    ready = _prepare(task, optimizer, options, mesh, checkpointer, loader)
+    state, totals, feed = ready.state, ready.totals, ready.feed
+    evaluate_all = evaluators_lib.make_all(
+      task, ready.frozen, eval_batches, ready.key, mesh
+    )
+    first, last_saved = int(state.step), checkpointer.latest_step()
+    log, profiler = _observe(stack, workdir, first, options, schedule)
     for step in range(first + 1, options.num_steps + 1):
-      batch = next(loader)
-      before = time.monotonic()
-      state, metrics = train_step(
-        state, frozen, sharding.put_batch(batch, mesh), key
-      )
-      if step == first + 1:
-        jax.block_until_ready(metrics)
-        compile_seconds = time.monotonic() - before
-        log.restart_clock(step)
-      checkpointer.check()
-      # One step late, so that the device always has work queued.
-      _settle(pending, log, workdir, last_saved)
-      pending = (step, metrics, batch)
+      behind = totals
+      window.rows[step], batch = feed.take()
+      profiler.before(step)
+      state, totals = ready.step(state, totals, ready.frozen, batch, ready.key)
+      profiler.after(step, totals)
       last = step == options.num_steps
-      due = step == 1 or last or step % options.log_every == 0
-      if due or checkpointer.due(step, last=last):
-        _settle(pending, log, workdir, last_saved)
-        pending = None
-      if due:
-        progress.update(step, log.write(step))
-      if checkpointer.due(step, last=last):
-        checkpointer.save(step, state, _record(loader, log))
+      if not last:
+        feed.load()
+      # Fetches nothing; but two steps are under way at most, so that batches
+      # that wait for theirs do not fill the memory.
+      jax.block_until_ready(behind)
+      checkpointer.check()
+      stops = not last and should_stop(step)
+      logs = step == 1 or last or step % options.log_every == 0
+      saves = stops or checkpointer.due(step, last=last)
+      if logs or saves:
+        totals = window.read(totals, last_saved)
+      if logs:
+        log.write(step, totals)
+        totals = ready.empty
+      if saves:
+        checkpointer.save(step, state, _record(feed, totals))
         last_saved = step
+      if stops:
+        checkpointer.wait()
       if last or (options.eval_every and step % options.eval_every == 0):
         log.write_eval(step, evaluate_all(state))
-      if not last and should_stop(step):
-        _settle(pending, log, workdir, last_saved)
-        checkpointer.save(step, state, _record(loader, log))
-        checkpointer.wait()
+      if stops:
         raise preemption.Preempted(step)
   jax.block_until_ready(state)
   return Result(
     state=state,
-    position=loader.get_state(),
+    position=feed.position,
     seconds=time.monotonic() - started,
-    compile_seconds=compile_seconds,
+    compile_seconds=ready.compile_seconds,
     steps=options.num_steps - first,
   )
 
 
-def _record(loader, log):
+def _observe(stack, workdir, first, options, schedule):
+  """(log, profiler), which end with the stack."""
+  log = log_lib.Log(
+    workdir,
+    first=first,
+    num_steps=options.num_steps,
+    batch_size=options.batch_size,
+    schedule=schedule,
+  )
+  profiler = profile_lib.Profiler(
+    workdir, first=options.profile_from, count=options.profile_steps
+  )
+  return stack.enter_context(log), stack.enter_context(profiler)
+
+
+def _record(feed, totals):
   """What is saved beside the state, as JSON types."""
-  return {'position': loader.get_state(), 'window': log.window()}
-
-
-def _settle(pending, log, workdir, last_saved):
-  """Checks a finished step and takes its metrics into the window."""
-  if pending is not None:
-    _check_finite(pending, workdir, last_saved)
-    log.add(pending[1])
+  return {
+    'position': feed.position,
+    'window': totals_lib.to_record(totals),
+  }

@@ -5,7 +5,6 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
 
 import tensorboardX
 
@@ -13,20 +12,14 @@ from dpo_jax import distributed, folders
 
 
 class Window:
-  """Mean of each metric over the steps since the last log line."""
+  """Mean of each metric over what was added."""
 
-  def __init__(self, values: Mapping[str, Sequence[float]] | None = None):
-    """Starts with the `values` of another window, by default empty."""
+  def __init__(self):
+    """Holds nothing yet."""
     self._values = defaultdict(list)
-    for name, numbers in (values or {}).items():
-      self._values[name] = list(numbers)
-
-  def values(self) -> dict[str, list[float]]:
-    """What was added since the last line, as JSON types."""
-    return {name: list(numbers) for name, numbers in self._values.items()}
 
   def add(self, metrics: dict[str, float]) -> None:
-    """Adds one step; NaN (no example had the metric) is left out."""
+    """Adds one value of each; NaN (the metric is absent) is left out."""
     for name, value in metrics.items():
       if not math.isnan(value):
         self._values[name].append(value)

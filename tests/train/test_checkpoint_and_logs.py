@@ -64,15 +64,6 @@ def test_window_averages_what_is_there():
   assert window.take() == {}
 
 
-def test_a_window_goes_on_from_another():
-  window = metrics.Window()
-  window.add({'a': 0.1, 'b': float('nan')})
-  following = metrics.Window(json.loads(json.dumps(window.values())))
-  following.add({'a': 0.2})
-  window.add({'a': 0.2})
-  assert following.take() == window.take() == {'a': (0.1 + 0.2) / 2}
-
-
 def test_a_resumed_log_has_each_step_once(tmp_path):
   writer = metrics.Writer(tmp_path, step=0)
   for step in (5, 10, 15):
