@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from dpo_jax import keys as keys_lib
 from dpo_jax import distributed, sharding
+from dpo_jax import keys as keys_lib
 from dpo_jax import task as task_lib
 from dpo_jax.train import checkpoint as checkpoint_lib
 from dpo_jax.train import evaluators as evaluators_lib
