@@ -22,6 +22,7 @@ setuptools.setup(
     'array_record>=0.8',
     'etils[epath]>=1.9',
     'flax>=0.12.8',
+    'fsspec>=2024.6',
     'grain>=0.2.18',
     'jax>=0.10.2',
     'Jinja2>=3.1',
@@ -44,8 +45,8 @@ setuptools.setup(
   extras_require={
     'gpu': ['jax[cuda12]'],
     'tpu': ['jax[tpu]'],
-    # Models by hub id, and by gs:// path.
+    # Models by hub id; models and workdirs on gs://.
     'hub': ['huggingface_hub>=1.0'],
-    'gcs': ['fsspec>=2024.6', 'gcsfs>=2024.6'],
+    'gcs': ['gcsfs>=2024.6'],
   },
 )

@@ -5,12 +5,12 @@ JAX's own runtime does the work; here is where its settings come from.
 
 import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 COORDINATOR = 'DPO_JAX_COORDINATOR'
@@ -155,6 +155,17 @@ def start(settings: Settings | None) -> None:
     ) from error
 
 
+def join(argv: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+  """Joins the processes that flags and environment tell of, once.
+
+  Returns argv without these flags. Errors are those of the parts above.
+  """
+  rest, environment = take_flags(argv, environment)
+  if not jax.distributed.is_initialized():
+    start(read_settings(environment))
+  return rest
+
+
 def check_started() -> None:
   """Raises ValueError where JAX sees several processes that were not joined.
 
@@ -178,9 +189,19 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def wait_for_all(name: str, *, seconds: int = 3600) -> None:
+  """Returns once every process has come here; `name` serves only once.
+
+  The coordination service waits as long as it is told. A program's first
+  collective does not: between virtual CPU devices gloo gives up when one
+  process comes some 30 s after another, which a busy machine brings about.
+  """
+  ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * seconds)
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Fails on all processes if the body fails on any.
+  """Fails on all processes if the body fails on any; used once a run.
 
   Else the others would wait for the one that failed until its heartbeat is
   missed. Where the body succeeded OtherProcessError is raised.
@@ -203,6 +224,7 @@ def together() -> Iterator[None]:
 
 def _agree(good: bool) -> list[int]:
   """Indices of the processes for which it is not good."""
+  wait_for_all('dpo_jax.agree')
   flags = multihost_utils.process_allgather(np.int32(good)).reshape(-1)
   return np.flatnonzero(flags == 0).tolist()
 
@@ -215,10 +237,3 @@ def explain(error: Exception) -> str:
     f'another process is gone, or the connection to it ({words}). Start the '
     'same command on all processes to continue from the newest checkpoint'
   )
-
-
-def leave(code: int) -> None:
-  """Ends the process at once when others are gone: nobody to wait for."""
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)

@@ -1,7 +1,7 @@
 """What a run leaves behind: export, pictures, measures and the report."""
 
 import json
-import pathlib
+import os
 import resource
 import time
 from typing import Any
@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 import dpo_jax
-from dpo_jax import build, distributed, loading, sharding, trees, types
+from dpo_jax import build, distributed, folders, loading, sharding, trees, types
 from dpo_jax import stable_diffusion as sd_lib
 from dpo_jax.data import images as images_lib
 from dpo_jax.evaluate import (
@@ -27,10 +28,11 @@ from dpo_jax.train import state as state_lib
 from dpo_jax.weights import classifiers
 
 
-def finish(job: build.Job, result: loop.Result, path: pathlib.Path) -> None:
+def finish(job: build.Job, result: loop.Result, path: epath.Path) -> None:
   """Exports and evaluates the finished run in its workdir `path`.
 
-  With several processes all compute and process 0 writes.
+  With several processes all compute and process 0 writes. What goes into a
+  bucket is made on the disk first: the size of the export must be free there.
   """
   finishers = {
     'preference': _finish_preference,
@@ -44,16 +46,14 @@ def finish(job: build.Job, result: loop.Result, path: pathlib.Path) -> None:
     'data_position': result.position,
   }
   _write_json(path / 'final.json', digest)
-  finishers[job.record['task']](job, result, path)
+  with folders.on_disk(path, take=('metrics.jsonl',)) as local:
+    finishers[job.record['task']](job, result, local)
   distributed.say(f'done: {path}')
 
 
-def _write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
-  if not distributed.is_primary():
-    return
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(record, indent=2) + '\n')
-  temporary.replace(path)
+def _write_json(path: os.PathLike, record: dict[str, Any]) -> None:
+  if distributed.is_primary():
+    folders.write_json(folders.to_path(path), record)
 
 
 def _trained(result: loop.Result) -> types.Params:

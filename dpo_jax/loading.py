@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import sharding, trees, types
+from dpo_jax import folders, sharding, trees, types
 from dpo_jax import stable_diffusion as sd_lib
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.diffusion import schedule as schedule_lib
@@ -200,8 +200,8 @@ def load_weights(
   Raises ValueError when it is none of these or does not fit the model.
   """
   folder = pathlib.Path(path)
-  if (folder / 'checkpoints').is_dir():
-    found, _ = checkpoint.restore_params(folder, step=step)
+  if (folders.to_path(path) / 'checkpoints').is_dir():
+    found, _ = checkpoint.restore_params(path, step=step)
   elif step is not None:
     raise ValueError(f'{path}: only a run has steps; leave out the step')
   elif (folder / model_index.NAME).is_file():

@@ -9,9 +9,10 @@
 # --name=NAME            of the JobSet
 # --image=IMAGE          container with this repository as its working folder
 # --config=FILE          recipe
-# --workdir=DIR          output folder, below --mount
+# --workdir=DIR          output folder, below --mount, or gs://BUCKET/RUN
 # --claim=NAME           persistent volume claim that many pods may write
-#                        (Filestore, or a bucket by the gcsfuse driver)
+#                        (Filestore, or a bucket by the gcsfuse driver); may
+#                        be left out where the workdir is gs://
 # --mount=DIR            where it is mounted (default /shared)
 # --tpu=ACCELERATOR      value of cloud.google.com/gke-tpu-accelerator, with
 # --topology=AxB[xC]     chips of a slice
@@ -62,7 +63,8 @@ while [[ $# -gt 0 ]]; do
   esac
   shift
 done
-need name image config workdir claim
+need name image config workdir
+[[ $workdir == gs://* ]] || need claim
 is_number chips_per_node slices nodes gpus_per_node restarts
 [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
   die "--name=$name: must be small letters, digits and dashes"
@@ -98,6 +100,14 @@ else
               valueFrom:
                 fieldRef:
                   fieldPath: metadata.annotations['batch.kubernetes.io/job-completion-index']"
+fi
+volume=''
+if [[ -n $claim ]]; then
+  volume="              volumeMounts:
+              - {name: shared, mountPath: $(yaml "$mount")}
+            volumes:
+            - name: shared
+              persistentVolumeClaim: {claimName: $(yaml "$claim")}"
 fi
 words=$(quoted python3 -m dpo_jax.main "--config=$config" \
   "--workdir=$workdir" "$@")
@@ -153,12 +163,8 @@ spec:
               env:
               ${settings//$'\n            '/$'\n              '}
               ports: [{containerPort: 8471}, {containerPort: 8476}]
-              volumeMounts:
-              - {name: shared, mountPath: $(yaml "$mount")}
               resources: {limits: {$resource: $count}}
-            volumes:
-            - name: shared
-              persistentVolumeClaim: {claimName: $(yaml "$claim")}
+$volume
 END
 }
 

@@ -5,7 +5,8 @@
 #     --nodes=4 --gpus_per_node=8 [OPTIONS] [-- --config.KEY=VALUE ...]
 #
 # --config=FILE        recipe
-# --workdir=DIR        output folder, on a file system that all nodes share
+# --workdir=DIR        output folder, on a file system that all nodes share, or
+#                      gs://BUCKET/RUN
 # --nodes=N            nodes (default 1)
 # --gpus_per_node=N    GPUs a node (default 8); one process each
 # --cpus_per_gpu=N     cores for each process (default 8)

@@ -2,7 +2,7 @@
 # A Cloud TPU slice as a queued resource: create, install, run, delete.
 #
 #   launch/tpu_pod.sh run --name=NAME --zone=ZONE --type=v5litepod-256 \
-#     --config=configs/sdxl.py --workdir=/shared/runs/sdxl [OPTIONS] \
+#     --config=configs/sdxl.py --workdir=gs://BUCKET/sdxl [OPTIONS] \
 #     [-- --config.KEY=VALUE ...]
 #
 # run      creates the slice if there is none, installs this working tree on
@@ -19,9 +19,9 @@
 # --project=ID        default: gcloud's
 # --spot              spot capacity, which may be taken away
 # --config=FILE       recipe (run)
-# --workdir=DIR       output folder (run), on a file system that every worker
-#                     mounts under this name, such as Filestore or gcsfuse;
-#                     mount it in --setup
+# --workdir=DIR       output folder (run): gs://BUCKET/RUN, or a folder on a
+#                     file system that every worker mounts under this name,
+#                     such as Filestore; mount it in --setup
 # --setup=COMMAND     shell command for every worker, before the install
 # --delete_after      delete the slice when the run is done (run)
 # --dry_run           print what would be done

@@ -1,9 +1,13 @@
 # Flags of the compiler by platform; source it, do not run it.
 # shellcheck shell=bash
 #
-# A flag that a version does not know kills the process, so none are set for
-# versions other than those that were tried (tests/test_launch.py tries those
-# for GPU on the installed one). What the environment has already comes last
+# A flag that a version does not know ends the process, so only versions for
+# which these were seen accepted get them. Those for GPU: by the CPU builds of
+# jaxlib 0.10.2 and 0.12.0, which read the same list; what they gain on a GPU
+# was not measured. Those for TPU: by libtpu 0.0.42, compiling for v5e:2x2
+# without a chip. They are its defaults; with any of them off, the collectives
+# of a sharded product no longer run beside it. tests/test_launch.py tries
+# both lists on what is installed. What the environment has already comes last
 # and wins.
 
 # jax_version PYTHON: "0.10" of the installed one, '' without one.
@@ -23,7 +27,7 @@ set_flags() {
       # NCCL and cuDNN beside XLA's pool.
       export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
       case $version in
-        0.10 | 0.11 | 0.12)
+        0.10 | 0.12)
           flags=(
             # Collectives of FSDP run beside the layers that do not need them.
             --xla_gpu_enable_latency_hiding_scheduler=true
@@ -35,9 +39,25 @@ set_flags() {
       esac
       ;;
     tpu)
-      # libtpu's defaults overlap collectives already; its flags change from
-      # release to release, so none are set. Logs stay off the boot disk.
+      # Logs stay off the boot disk.
       export TPU_STDERR_LOG_LEVEL=${TPU_STDERR_LOG_LEVEL:-2}
+      case $version in
+        0.10)
+          flags=(
+            # Collectives are started early and awaited late.
+            --xla_tpu_enable_latency_hiding_scheduler=true
+            # Products run while the weights for the next are gathered.
+            --xla_enable_async_all_gather=true
+            --xla_tpu_enable_async_collective_fusion=true
+            --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
+            --xla_tpu_enable_async_collective_fusion_multiple_steps=true
+            --xla_tpu_overlap_compute_collective_tc=true
+          )
+          ;;
+        *) echo "jax ${version:-absent}: no TPU flags are known to suit it" >&2 ;;
+      esac
+      export LIBTPU_INIT_ARGS="${flags[*]} ${LIBTPU_INIT_ARGS:-}"
+      flags=()
       ;;
     cpu) ;;
     *) die "platform $platform: allowed are gpu, tpu, cpu" ;;

@@ -243,3 +243,20 @@ def arguments(tiny_folder, tiny_pairs, tmp_path, monkeypatch):
     ]
 
   return make
+
+
+@pytest.fixture
+def small_arguments(arguments):
+  """As `arguments`, of a classifier: it compiles in a tenth of the time."""
+
+  def make(workdir, **overrides) -> list[str]:
+    values = {
+      'model__folder': None,
+      'data__holdout': 0.0,
+      'classifier__widths': '(8, 8)',
+      'classifier__palette': '(8,)',
+      'train__eval_every': 0,
+    }
+    return arguments('configs/emoji_judge.py', workdir, **values | overrides)
+
+  return make

@@ -133,44 +133,59 @@ def test_signals_wait_for_the_step():
   assert signal.getsignal(signal.SIGTERM) is before
 
 
+SIX = {
+  'train__num_steps': 6,
+  'train__log_every': 4,
+  'train__checkpoint_every': 4,
+}
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """Makes the run of six steps in one go, once; its folder."""
+  folder = tmp_path_factory.mktemp('whole') / 'run'
+
+  def run(small_arguments):
+    if not folder.exists():
+      assert main.run(small_arguments(folder, **SIX)) == 0
+    return folder
+
+  return run
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_step_and_the_log_has_no_seam(
-  arguments, tmp_path, capsys, monkeypatch, number
+  small_arguments, tmp_path, capsys, monkeypatch, whole, number
 ):
-  """Six steps in one go, or stopped after the third within a log window."""
-  options = {
-    'train__num_steps': 6,
-    'train__eval_every': 0,
-    'train__log_every': 2,
-    'train__checkpoint_every': 4,
-  }
-  whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-  assert main.run(arguments(workdir=whole, **options)) == 0
+  """Stopped within a log window, then after a step that is saved anyway."""
+  argv = small_arguments(tmp_path, **SIX)
   real = feed.Feed.take
-  taken = []
+  for count, step in ((3, 3), (1, 4)):
+    taken = []
 
-  def take(self):
-    taken.append(1)
-    if len(taken) == 3:
-      os.kill(os.getpid(), number)
-    return real(self)
+    def take(self, count=count, taken=taken):
+      taken.append(1)
+      if len(taken) == count:
+        os.kill(os.getpid(), number)
+      return real(self)
 
-  with monkeypatch.context() as patch:
-    patch.setattr(feed.Feed, 'take', take)
-    assert main.run(arguments(workdir=parts, **options)) == 4
-  said = capsys.readouterr().err
-  (line,) = (x for x in said.splitlines() if 'stopped by a signal' in x)
-  step = int(line.split('after step ')[1].split(',')[0])
-  assert step == 3 and 'which is saved' in line
-  assert (parts / 'checkpoints' / str(step)).is_dir()
-  assert main.run(arguments(workdir=parts, **options)) == 0
-  names = ('final.json', 'metrics.jsonl')
-  (a, b) = ([(p / n).read_text() for n in names] for p in (whole, parts))
-  assert a[0] == b[0]
-  assert _numbers(a[1]) == _numbers(b[1])
+    with monkeypatch.context() as patch:
+      patch.setattr(feed.Feed, 'take', take)
+      assert main.run(argv) == 4
+    said = capsys.readouterr().err
+    (line,) = (x for x in said.splitlines() if 'stopped by a signal' in x)
+    assert f'after step {step}, which is saved' in line
+    assert (tmp_path / 'checkpoints' / str(step)).is_dir()
+  assert main.run(argv) == 0
+  for name in ('final.json', 'metrics.jsonl'):
+    texts = [(f / name).read_text() for f in (whole(small_arguments), tmp_path)]
+    assert _numbers(texts[0]) == _numbers(texts[1])
 
 
 def _numbers(text):
+  """The JSON without what the clock says."""
+  if text.startswith('{\n'):
+    return json.loads(text)
   return [
     {k: v for k, v in json.loads(line).items() if not k.startswith('time/')}
     for line in text.splitlines()

@@ -247,6 +247,21 @@ def test_a_jobset_of_tpu_slices():
   assert words[-4:] == ['dpo_jax.main', *RUN, "--config.a=it's b"]
 
 
+def test_a_jobset_mounts_a_claim_unless_the_run_is_in_a_bucket():
+  pod = _job(_manifest())[1]['template']['spec']
+  (volume,) = pod['volumes']
+  assert volume['persistentVolumeClaim'] == {'claimName': 'c'}
+  (mount,) = pod['containers'][0]['volumeMounts']
+  assert mount == {'name': volume['name'], 'mountPath': '/shared'}
+  words = [w for w in COMMANDS['gke_jobset.sh'] if 'claim' not in w]
+  done = _run('gke_jobset.sh', *words, '--workdir=gs://b/run', '--dry_run')
+  assert done.returncode == 0, done.stderr
+  pod = _job(yaml.safe_load(done.stdout))[1]['template']['spec']
+  assert 'volumes' not in pod and 'volumeMounts' not in pod['containers'][0]
+  done = _run('gke_jobset.sh', *words, '--dry_run')
+  assert done.returncode == 2 and '--claim is missing' in done.stderr
+
+
 def test_a_jobset_of_gpu_nodes_names_the_coordinator():
   _, job = _job(_manifest('--gpu=nvidia-h100-80gb', '--nodes=2'))
   assert job['parallelism'] == 2
@@ -300,16 +315,18 @@ def test_wrong_arguments_are_one_line(script, words, error):
   assert line.startswith('error: ') and error in line
 
 
-def _flags(platform, version):
+def _flags(platform, version, name='XLA_FLAGS'):
+  """(what the environment's `name` becomes, what is said)."""
   done = subprocess.run(
     [
       'bash',
       '-c',
       f'. launch/common.sh; . launch/xla_flags.sh; '
-      f'set_flags {platform} "{version}"; echo "${{XLA_FLAGS:-}}"',
+      f'set_flags {platform} "{version}"; echo "${{{name}:-}}"',
     ],
     cwd=ROOT,
-    env={k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'},
+    env={k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+    | {'LIBTPU_INIT_ARGS': '--mine'},
     capture_output=True,
     text=True,
     check=True,
@@ -320,15 +337,26 @@ def _flags(platform, version):
 def test_flags_hang_on_the_version_of_jax():
   known, said = _flags('gpu', '0.10')
   assert '--xla_gpu_enable_latency_hiding_scheduler=true' in known and not said
-  unknown, said = _flags('gpu', '0.99')
-  assert not unknown and 'jax 0.99: no XLA flags are known' in said
-  assert _flags('tpu', '0.10')[0] == ''
+  for version in ('0.11', '0.99', ''):
+    unknown, said = _flags('gpu', version)
+    assert not unknown
+    assert f'jax {version or "absent"}: no XLA flags are known' in said
+  assert _flags('tpu', '0.10')[0] == _flags('cpu', '0.10')[0] == ''
+  known, said = _flags('tpu', '0.10', 'LIBTPU_INIT_ARGS')
+  assert '--xla_tpu_enable_async_collective_fusion=true' in known and not said
+  # What the user set comes last.
+  assert known.split()[-1] == '--mine'
+  unknown, said = _flags('tpu', '0.12', 'LIBTPU_INIT_ARGS')
+  assert unknown == '--mine' and 'jax 0.12: no TPU flags' in said
+
+
+def _version():
+  return '.'.join(metadata.version('jax').split('.')[:2])
 
 
 def test_the_installed_jax_knows_its_flags():
   """XLA ends the process for a flag that it does not know."""
-  version = '.'.join(metadata.version('jax').split('.')[:2])
-  flags, _ = _flags('gpu', version)
+  flags, _ = _flags('gpu', _version())
   done = subprocess.run(
     [sys.executable, '-c', 'import jax; print(jax.devices())'],
     env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
@@ -337,6 +365,35 @@ def test_the_installed_jax_knows_its_flags():
     check=False,
   )
   assert done.returncode == 0 and 'Unknown flag' not in done.stderr
+
+
+COMPILE_FOR_TPU = """
+import jax, numpy as np
+from jax.experimental import topologies
+devices = topologies.get_topology_desc('v5e:2x2', platform='tpu').devices
+mesh = jax.sharding.Mesh(np.array(devices).reshape(4), ('fsdp',))
+place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('fsdp'))
+square = jax.ShapeDtypeStruct((256, 256), 'float32', sharding=place)
+jax.jit(lambda x, w: x @ w, out_shardings=place).lower(square, square).compile()
+"""
+
+
+def test_the_installed_libtpu_knows_its_flags():
+  pytest.importorskip('libtpu')
+  flags = _flags('tpu', _version(), 'LIBTPU_INIT_ARGS')[0].split()[:-1]
+  done = subprocess.run(
+    [sys.executable, '-c', COMPILE_FOR_TPU],
+    env=os.environ
+    | {
+      'LIBTPU_INIT_ARGS': ' '.join(flags),
+      'JAX_PLATFORMS': 'cpu',
+      'TPU_SKIP_MDS_QUERY': '1',
+    },
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_shellcheck_is_clean():

@@ -8,13 +8,12 @@ keeps one. Everything that was not trained is copied from the run's base.
 """
 
 import json
-import pathlib
 import sys
 from collections.abc import Sequence
 
 import jax
 
-from dpo_jax import loading, sharding
+from dpo_jax import folders, loading, sharding
 from dpo_jax.tools import arguments
 from dpo_jax.train import checkpoint
 from dpo_jax.weights import diffusers_maps
@@ -46,9 +45,7 @@ def main(argv: Sequence[str]) -> None:
       f'{values.workdir}: a run of task {record["task"]} is exported when it '
       'ends, into its folder export/'
     )
-  params, step = checkpoint.restore_params(
-    pathlib.Path(values.workdir), step=values.step
-  )
+  params, step = checkpoint.restore_params(values.workdir, step=values.step)
   name = record['objective']['name']
   objective = f', objective {name}' if record['task'] == 'preference' else ''
   loading.save_model(
@@ -63,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
 
 def read_run(workdir: str) -> dict:
   """The config of a run; ValueError if this is no run's folder."""
-  path = pathlib.Path(workdir) / 'config.json'
+  path = folders.to_path(workdir) / 'config.json'
   try:
     record = json.loads(path.read_text())
   except (OSError, ValueError) as error:
@@ -78,9 +75,9 @@ def read_run(workdir: str) -> dict:
 def _open(workdir: str, record: dict) -> loading.Opened:
   """The run's model at its start, at the commit that it was."""
   model = record['model']
-  path = pathlib.Path(workdir) / 'source.json'
+  path = folders.to_path(workdir) / 'source.json'
   revision = model['revision']
-  if '://' not in model['folder'] and path.is_file():
+  if '://' not in model['folder'] and path.exists():
     revision = json.loads(path.read_text())['revision']
   return loading.open_model(
     model['folder'],

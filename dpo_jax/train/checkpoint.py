@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from dpo_jax import trees, types
+from dpo_jax import folders, trees, types
 from dpo_jax.train import manifest
 from dpo_jax.train import state as state_lib
 
@@ -86,7 +86,7 @@ class Checkpointer:
 
   def _drop_unfinished(self, marker: epath.Path) -> None:
     folder = marker.with_suffix('')
-    if folder.exists() and not (folder / manifest.NAME).exists():
+    if folder.exists() and manifest.NAME not in folders.list_names(folder):
       print(
         f'{folder}: the save did not come to its end; removed', file=sys.stderr
       )
@@ -126,9 +126,9 @@ class Checkpointer:
     else the loop goes on from. Raises SaveError when this save, or the one
     before it, failed.
     """
+    self.wait()
     if self._latest == step:
       return
-    self.wait()
     self._saving = step, trees.num_bytes(state)
     try:
       if self._primary:
@@ -180,7 +180,7 @@ class Checkpointer:
 
   def _remove_failed(self, step: int) -> None:
     folder = self._folder
-    if not (folder / str(step) / manifest.NAME).exists():
+    if manifest.NAME not in folders.list_names(folder / str(step)):
       _remove([folder / str(step)])
     # Writers that had not failed yet may put files back for a moment.
     for _ in range(_TRIES):
@@ -244,16 +244,15 @@ class Checkpointer:
 
 
 def _folder_of(workdir: str | os.PathLike) -> epath.Path:
-  text = os.fspath(workdir)
-  local = '://' not in text
-  return epath.Path(os.path.abspath(text) if local else text) / 'checkpoints'
+  path = folders.to_path(workdir)
+  if not folders.is_bucket(path):
+    path = epath.Path(os.path.abspath(path))
+  return path / 'checkpoints'
 
 
 def _steps(folder: epath.Path) -> list[int]:
   """Numbers of the checkpoints, newest first."""
-  if not folder.exists():
-    return []
-  names = (path.name for path in folder.iterdir())
+  names = folders.list_names(folder)
   return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from etils import epath
 
+from dpo_jax import folders
+
 NAME = 'manifest.json'
 # Hashing leaves Python's lock alone, so that threads share it out.
 _THREADS = 8
@@ -19,14 +21,12 @@ _CHUNK = 4 << 20
 
 
 def write(folder: epath.Path, step: int) -> None:
-  """Writes the manifest of a complete checkpoint, atomically where it can be.
+  """Writes the manifest of a complete checkpoint, whole or not at all.
 
   Raises OSError, for instance when the disk is full.
   """
-  temporary = folder / f'{NAME}.tmp'
-  temporary.unlink(missing_ok=True)
-  temporary.write_text(_dump(step, _measure(folder, _list(folder))))
-  temporary.replace(folder / NAME)
+  text = _dump(step, _measure(folder, _list(folder)))
+  folders.write_text(folder / NAME, text)
 
 
 def find_damage(folder: epath.Path, step: int) -> str:

@@ -1,12 +1,14 @@
 """Metrics of a run: JSON Lines always, TensorBoard beside it."""
 
+import contextlib
 import json
 import math
-import pathlib
+import os
 from collections import defaultdict
 
-import jax
 import tensorboardX
+
+from dpo_jax import distributed, folders
 
 
 class Window:
@@ -32,56 +34,59 @@ class Window:
     return means
 
 
-def trim(path: pathlib.Path, step: int) -> None:
-  """Drops lines after `step` and a torn last line from a metrics.jsonl.
+def trim(text: str, step: int) -> str:
+  """A metrics.jsonl without the lines after `step` and a torn last line.
 
   A run that was interrupted continues from its checkpoint, and its file must
   then hold each logged step once.
   """
-  if not path.exists():
-    return
   kept = []
-  for line in path.read_text(encoding='utf-8').splitlines():
+  for line in text.splitlines():
     try:
       record = json.loads(line)
     except json.JSONDecodeError:
       continue
     if record.get('step', 0) <= step:
       kept.append(line)
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(''.join(f'{line}\n' for line in kept))
-  temporary.replace(path)
+  return ''.join(f'{line}\n' for line in kept)
 
 
 class Writer:
-  """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard/`."""
+  """Writes `workdir/metrics.jsonl` and `workdir/tensorboard/`.
 
-  def __init__(self, workdir: pathlib.Path, *, step: int):
+  TensorBoard's files cannot grow in a bucket either, so they are copied there
+  when the run ends; metrics.jsonl has the same numbers all along.
+  """
+
+  def __init__(self, workdir: str | os.PathLike, *, step: int):
     """Continues after `step`; later lines of an interrupted run go.
 
     Only process 0 writes; the others may call it all the same.
     """
-    self._on = jax.process_index() == 0
+    self._on = distributed.is_primary()
     if not self._on:
       return
-    path = pathlib.Path(workdir) / 'metrics.jsonl'
-    trim(path, step)
-    self._file = path.open('a', encoding='utf-8')
-    self._board = tensorboardX.SummaryWriter(
-      str(pathlib.Path(workdir) / 'tensorboard'), purge_step=step + 1
-    )
+    folder = folders.to_path(workdir)
+    path, board = folder / 'metrics.jsonl', folder / 'tensorboard'
+    text = folders.read_text(path) or ''
+    self._lines = folders.Lines(path, trim(text, step))
+    if folders.is_bucket(folder):
+      distributed.say(f'{board}: copied there when the run ends or stops')
+    self._stack = contextlib.ExitStack()
+    place = self._stack.enter_context(folders.on_disk(board))
+    self._board = tensorboardX.SummaryWriter(str(place), purge_step=step + 1)
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    """One JSON object on a line of its own, flushed."""
+    """One JSON object on a line of its own, written when this returns."""
     if not self._on:
       return
-    self._file.write(json.dumps({'step': step, **values}) + '\n')
-    self._file.flush()
+    self._lines.add(json.dumps({'step': step, **values}))
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
 
   def close(self) -> None:
     """Flushes and closes both."""
     if self._on:
-      self._file.close()
+      self._lines.close()
       self._board.close()
+      self._stack.close()

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs import common
-from dpo_jax.train import workdir
+from dpo_jax.train import changes, workdir
 
 
 def _record():
@@ -27,12 +27,12 @@ def _set(record, key, value):
   record[last] = value
 
 
-KEYS = sorted(workdir.flatten(_record()))
+KEYS = sorted(changes.flatten(_record()))
 
 
 def test_what_is_allowed_exists():
   assert len(KEYS) > 60
-  assert workdir.FREE_KEYS - set(KEYS) == set()
+  assert changes.FREE.keys() <= set(KEYS)
 
 
 @pytest.mark.parametrize('key', KEYS)
@@ -40,15 +40,15 @@ def test_every_key_is_allowed_or_refused_by_name(tmp_path, key):
   with workdir.Workdir(tmp_path, config=_record()) as place:
     place.keep_config()
   changed = _record()
-  old = workdir.flatten(changed)[key]
+  old = changes.flatten(changed)[key]
   new = _change(old)
   _set(changed, key, new)
   place = workdir.Workdir(tmp_path, config=changed)
-  if key in workdir.FREE_KEYS:
+  if key in changes.FREE:
     with place:
       place.keep_config()
     saved = json.loads((tmp_path / 'config.json').read_text())
-    assert workdir.flatten(saved)[key] == new
+    assert changes.flatten(saved)[key] == new
     return
   with pytest.raises(ValueError, match='was written by another config') as e:
     place.__enter__()
@@ -71,25 +71,35 @@ def test_a_key_that_came_or_went_is_refused(tmp_path):
   assert "objective.numbers.scale: 'absent' -> 2.0" in text
 
 
-def test_an_address_is_no_folder(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  with pytest.raises(ValueError, match=r'--workdir=gs://b/run: .* mount'):
-    workdir.Workdir('gs://b/run', config={})
-  assert not list(tmp_path.iterdir())
+def test_every_key_is_decided_once_and_with_a_reason():
+  """A new key of these sections belongs into one of the two lists."""
+  assert not changes.FREE.keys() & changes.REFUSED.keys()
+  for key in KEYS:
+    section = key.split('.')[0]
+    places = [changes.FREE.get(key), changes.REFUSED.get(key)]
+    if section not in ('model', 'train', 'mesh'):
+      places.append(section != key and changes.REFUSED.get(section))
+    (reason,) = filter(None, places)
+    assert len(reason) > 10
+  known = {*KEYS, *(key.split('.')[0] for key in KEYS)}
+  assert changes.REFUSED.keys() <= known
 
 
 def test_what_changes_numbers_is_not_allowed():
   """Whoever adds to the list must decide this again."""
-  assert {key.split('.')[0] for key in workdir.FREE_KEYS} == {
+  assert {key.split('.')[0] for key in changes.FREE} == {
     'train',
+    'model',
     'mesh',
     'eval',
     'export',
   }
-  assert not workdir.FREE_KEYS & {
+  assert [key for key in changes.FREE if key.startswith('model')] == [
+    'model.remat'
+  ]
+  assert not changes.FREE.keys() & {
     'seed',
     'task',
     'train.num_steps',
     'train.batch_size',
-    'train.accumulate',
   }

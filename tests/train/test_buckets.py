@@ -1,0 +1,311 @@
+"""Runs whose folder is in a bucket: one in memory, and an emulated service."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+from fsspec.implementations import memory
+
+from dpo_jax import folders
+from dpo_jax.tools import export
+from dpo_jax.train import lock, manifest, metrics, workdir
+
+ROOT = pathlib.Path(__file__).parents[2]
+RUN = 'gs://bucket/run'
+
+
+class _Bucket(memory.MemoryFileSystem):
+  """What gcsfs would be, in memory."""
+
+  protocol = ('gcs', 'gs')
+  cachable = False
+  broken = False
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    if cls.broken:
+      raise RuntimeError('no\ncredentials')
+    return '/' + str(path).removeprefix('gs://').strip('/')
+
+  def glob(self, path, **options):
+    return [name.lstrip('/') for name in super().glob(path, **options)]
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+  """A new bucket, and a working folder in which nothing may appear."""
+  registry = sys.modules['fsspec.registry']._registry
+  monkeypatch.setitem(registry, 'gcs', _Bucket)
+  monkeypatch.setattr(_Bucket, 'store', {})
+  monkeypatch.setattr(_Bucket, 'pseudo_dirs', [''])
+  monkeypatch.setattr(lock, 'BEAT', 0.05)
+  monkeypatch.setattr(lock, 'STALE', 0.6)
+  monkeypatch.setattr(lock, 'SETTLE', 0.0)
+  monkeypatch.chdir(tmp_path)
+  yield epath.Path(RUN)
+  assert not list(tmp_path.iterdir())
+
+
+def _names():
+  return sorted(name.removeprefix('/bucket/run/') for name in _Bucket.store)
+
+
+def test_other_addresses_are_refused():
+  with pytest.raises(ValueError, match='--workdir=s3://b/run: must be a'):
+    workdir.Workdir('s3://b/run', config={})
+
+
+def test_a_bucket_out_of_reach_is_one_line(bucket, monkeypatch):
+  monkeypatch.setattr(_Bucket, 'broken', True)
+  with pytest.raises(ValueError, match=r'RuntimeError: no credentials') as e:
+    workdir.Workdir(RUN, config={}).__enter__()
+  assert f'--workdir={RUN}' in str(e.value) and 'dpo_jax[gcs]' in str(e.value)
+  assert '\n' not in str(e.value)
+
+
+def test_config_and_pins_are_kept_and_compared(bucket):
+  record = {'seed': 0, 'export': {'dtype': 'float32'}}
+  with workdir.Workdir(RUN, config=record) as place:
+    place.pin('data', {'sha256': 'a'})
+    place.keep_config()
+    assert _names() == ['config.json', 'data.json', 'lock']
+  assert _names() == ['config.json', 'data.json']
+  assert export.read_run(RUN) == record
+  with workdir.Workdir(RUN, config=record) as place:
+    with pytest.raises(ValueError, match='began with another data'):
+      place.pin('data', {'sha256': 'b'})
+  with pytest.raises(ValueError, match='seed: 0 -> 1'):
+    workdir.Workdir(RUN, config=record | {'seed': 1}).__enter__()
+  assert 'lock' not in _names()
+
+
+def test_a_second_run_is_refused_while_the_first_lives(bucket, capsys):
+  with workdir.Workdir(RUN, config={}) as first:
+    with pytest.raises(ValueError, match=r'pid \d+ on .* is running here'):
+      workdir.Workdir(RUN, config={}).__enter__()
+    first.check()
+  said = capsys.readouterr().err
+  assert f'left by pid {os.getpid()} on' in said and 'waiting up to' in said
+
+
+@pytest.mark.parametrize('text', ['{"pid": 7, "host": "far"}', '{"pid'])
+def test_a_lock_without_a_beat_is_taken_over(bucket, text):
+  folders.write_text(bucket / 'lock', text)
+  with workdir.Workdir(RUN, config={}):
+    record = json.loads((bucket / 'lock').read_text())
+    assert record['pid'] == os.getpid()
+  assert not _names()
+
+
+def test_of_two_at_once_one_goes_on(bucket, monkeypatch):
+  """The other writes between this one's writing and its second look."""
+  monkeypatch.setattr(
+    lock.time,
+    'sleep',
+    lambda seconds: folders.write_text(
+      bucket / 'lock', '{"pid": 7, "host": "far"}'
+    ),
+  )
+  with pytest.raises(ValueError, match='pid 7 on far is running here'):
+    workdir.Workdir(RUN, config={}).__enter__()
+
+
+def test_a_run_whose_lock_was_taken_stops(bucket):
+  with workdir.Workdir(RUN, config={}) as place:
+    theirs = '{"pid": 7, "host": "far"}'
+    folders.write_text(bucket / 'lock', theirs)
+    place._lock._thread.join(10)
+    with pytest.raises(lock.LostError, match='pid 7 on far has taken'):
+      place.check()
+  # What is another's stays.
+  assert (bucket / 'lock').read_text() == theirs
+
+
+def test_a_beat_that_fails_is_said_and_made_up_for(bucket, capsys, monkeypatch):
+  with workdir.Workdir(RUN, config={}) as place:
+    monkeypatch.setattr(_Bucket, 'broken', True)
+    while 'no beat (no credentials)' not in capsys.readouterr().err:
+      assert place._lock._thread.is_alive()
+    monkeypatch.setattr(_Bucket, 'broken', False)
+    before = (bucket / 'lock').read_text()
+    while (bucket / 'lock').read_text() == before:
+      assert place._lock._thread.is_alive()
+    place.check()
+
+
+def test_each_log_line_is_there_at_once(bucket, capsys):
+  path = bucket / 'metrics.jsonl'
+
+  def steps():
+    return [json.loads(line)['step'] for line in path.read_text().splitlines()]
+
+  writer = metrics.Writer(RUN, step=0)
+  assert f'{RUN}/tensorboard: copied there' in capsys.readouterr().err
+  for step in (5, 10, 15):
+    writer.write(step, {'loss': 0.5})
+    assert steps()[-1] == step
+  # The first was killed; its later lines go.
+  writer = metrics.Writer(RUN, step=10)
+  assert steps() == [5, 10]
+  writer.write(15, {'loss': 0.25})
+  assert not (bucket / 'tensorboard').exists()
+  writer.close()
+  assert steps() == [5, 10, 15]
+  (events,) = (bucket / 'tensorboard').iterdir()
+  assert events.name.startswith('events') and events.stat().length > 100
+
+
+def test_what_is_made_on_the_disk_is_copied_when_it_is_whole(bucket):
+  (bucket / 'metrics.jsonl').write_text('{}\n')
+  with pytest.raises(KeyError):
+    with folders.on_disk(bucket) as local:
+      (local / 'half').write_text('x')
+      raise KeyError
+  with folders.on_disk(bucket, take=['metrics.jsonl']) as local:
+    assert (local / 'metrics.jsonl').read_text() == '{}\n'
+    (local / 'export' / 'unet').mkdir(parents=True)
+    (local / 'export' / 'unet' / 'x.safetensors').write_bytes(b'\0\1')
+  assert not local.exists()
+  assert _names() == ['export/unet/x.safetensors', 'metrics.jsonl']
+  assert (bucket / 'export/unet/x.safetensors').read_bytes() == b'\0\1'
+
+
+def test_manifests_are_written_and_compared(bucket):
+  (bucket / '3' / 'state').mkdir(parents=True)
+  (bucket / '3' / 'state' / 'd').write_bytes(b'123')
+  manifest.write(bucket / '3', 3)
+  assert manifest.find_damage(bucket / '3', 3) == ''
+  (bucket / '3' / 'state' / 'd').write_bytes(b'124')
+  assert 'state/d has another SHA-256' in manifest.find_damage(bucket / '3', 3)
+
+
+SERVICE = """
+import sys
+from gcp_storage_emulator import server
+server.create_server(
+  '127.0.0.1', int(sys.argv[1]), in_memory=True, default_bucket='bucket'
+).run()
+"""
+# orbax's arrays go to the bucket by tensorstore, the rest by gcsfs.
+SAVE = """
+import jax.numpy as jnp
+from dpo_jax import trees
+from dpo_jax.train import checkpoint, state
+import optax
+def make(step):
+  made = state.init_state({'w': jnp.arange(9.) + step}, optax.sgd(1), use_ema=1)
+  return made.replace(step=jnp.int32(step))
+def open_run():
+  return checkpoint.Checkpointer('gs://bucket/run', every=1, keep=2)
+"""
+STEPS = """
+saver = open_run()
+for step in (1, 2, 3):
+  saver.save(step, make(step), {'position': step})
+saver.close()
+"""
+RESTORE = """
+from etils import epath
+folder = epath.Path('gs://bucket/run/checkpoints')
+for step in (3, 2):
+  saver = open_run()
+  found, record = saver.restore(make(0))
+  saver.close()
+  assert record == {'position': step}, record
+  assert trees.digest(found) == trees.digest(make(step))
+  data = folder / str(step) / 'state' / '_METADATA'
+  data.write_bytes(data.read_bytes()[:-1])
+  if step == 2:
+    break
+print(*sorted(path.name for path in folder.iterdir()))
+"""
+
+
+@pytest.fixture(scope='module')
+def service(tmp_path_factory):
+  """Environment of processes for which gs:// is an emulated service."""
+  for name in ('gcsfs', 'gcp_storage_emulator'):
+    pytest.importorskip(name)
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    port = probe.getsockname()[1]
+  with (tmp_path_factory.mktemp('service') / 'log').open('w') as log:
+    server = subprocess.Popen(
+      [sys.executable, '-c', SERVICE, str(port)], stderr=log
+    )
+  url = f'http://127.0.0.1:{port}'
+  yield os.environ | {
+    'STORAGE_EMULATOR_HOST': url,
+    'TENSORSTORE_GCS_HTTP_URL': url,
+    # Neither looks for an account.
+    'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',
+    'NO_GCE_CHECK': 'true',
+    'PYTHONPATH': os.pathsep.join(
+      [str(ROOT), os.environ.get('PYTHONPATH', '')]
+    ),
+  }
+  server.kill()
+  server.wait()
+
+
+def _python(service, folder, *words):
+  done = subprocess.run(
+    [sys.executable, *words],
+    env=service,
+    cwd=folder,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout, done.stderr
+
+
+def test_checkpoints_in_an_emulated_bucket(service, tmp_path):
+  _python(service, tmp_path, '-c', SAVE + STEPS)
+  # Another process, which has nothing in memory, sees the same.
+  said, error = _python(service, tmp_path, '-c', SAVE + RESTORE)
+  assert said.split() == ['2', '3.damaged']
+  assert 'step 3 is damaged (state/_METADATA has' in error
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_in_an_emulated_bucket(service, arguments, tmp_path):
+  """The same run on the disk and in the bucket, there in two goes."""
+  options = {'train__num_steps': 2, 'train__eval_every': 0}
+  command = ['-m', 'dpo_jax.main']
+  disk = tmp_path / 'disk'
+  _python(service, ROOT, *command, *arguments(workdir=disk, **options)[1:])
+  argv = arguments(workdir='gs://bucket/whole', **options)[1:]
+  _, said = _python(service, ROOT, *command, *argv)
+  assert 'done: gs://bucket/whole' in said
+  # Nothing is left to do, and the lock was let go.
+  _python(service, ROOT, *command, *argv)
+  assert not (ROOT / 'gs:').exists()
+  script = f"""
+from dpo_jax import folders
+from etils import epath
+run = folders.to_path('gs://bucket/whole')
+disk = epath.Path({str(tmp_path)!r})
+for name in ("final.json", "metrics.jsonl", "report.json"):
+  (disk / name).write_text((run / name).read_text())
+print(*sorted(path.name for path in run.iterdir()))
+print(*sorted(path.name for path in (run / 'export').iterdir()))
+"""
+  names, exported = _python(service, ROOT, '-c', script)[0].splitlines()
+  wanted = {path.name for path in disk.iterdir()} - {'lock'}
+  assert set(names.split()) == wanted
+  assert set(exported.split()) == {p.name for p in (disk / 'export').iterdir()}
+  final = [json.loads((f / 'final.json').read_text()) for f in (disk, tmp_path)]
+  assert final[0] == final[1]
+  losses = [
+    [json.loads(line)['loss'] for line in (f / 'metrics.jsonl').open()]
+    for f in (disk, tmp_path)
+  ]
+  assert losses[0] == losses[1] and len(losses[0]) == 2
