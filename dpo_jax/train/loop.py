@@ -19,6 +19,7 @@ from dpo_jax import sharding, types
 from dpo_jax import task as task_lib
 from dpo_jax.train import checkpoint as checkpoint_lib
 from dpo_jax.train import metrics as metrics_lib
+from dpo_jax.train import offload as offload_lib
 from dpo_jax.train import preemption
 from dpo_jax.train import progress as progress_lib
 from dpo_jax.train import state as state_lib
@@ -52,6 +53,7 @@ class Options:
   eval_every: int
   checkpoint_every: int
   keep: int
+  offload: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +162,8 @@ def _restore_or_start(task, optimizer, options, mesh, checkpointer, loader):
 
   shapes = jax.eval_shape(init, task.params)
   placement = sharding.state_shardings(shapes, mesh)
+  if options.offload:
+    placement = offload_lib.place(placement, shapes)
   if checkpointer.latest_step() is None:
     return jax.jit(init, out_shardings=placement)(task.params), {}
   target = jax.tree.map(

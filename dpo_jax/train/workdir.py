@@ -21,6 +21,7 @@ FREE_KEYS = frozenset(
     'mesh.fsdp',
     'mesh.tensor',
     'mesh.dcn_data',
+    'optim.offload',
     'eval.num_prompts',
     'eval.images_per_prompt',
     'eval.sampler',
