@@ -47,8 +47,10 @@ def get_config() -> ml_collections.ConfigDict:
   # (separate, and a third pass for the policy's value) | auto (loop for
   # bfloat16, separate for float32).
   c.model.ref_path = 'auto'
-  # What the reference is stored in, float32 | bfloat16. With bfloat16 the
-  # policy starts from the weights rounded alike, so that both start equal.
+  # What the reference is stored in, float32 | bfloat16 | int8 | float8_e4m3fn.
+  # With bfloat16 the policy starts from the weights rounded alike, so that both
+  # start equal. In eight bits (a byte a weight less than bfloat16) they do not:
+  # at beta 5000 the first margins are then mostly rounding.
   c.model.ref_dtype = 'float32'
   # What the policy's own weights are stored in, float32 | bfloat16 (updates
   # are then rounded up or down at random, and both start from rounded weights).

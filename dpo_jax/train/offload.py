@@ -64,7 +64,9 @@ def in_parts(
 
   def update(updates, state, params=None):
     leaves, structure = jax.tree.flatten(updates)
-    weights = [None] * len(leaves) if params is None else jax.tree.leaves(params)
+    weights = (
+      [None] * len(leaves) if params is None else jax.tree.leaves(params)
+    )
 
     def is_like_params(node):
       return jax.tree.structure(node) == structure
@@ -86,9 +88,7 @@ def in_parts(
       after = states[-2] if len(states) > 1 else leaves
       part = _fetch(part, after, min_size)
       given = None if params is None else [weights[i] for i in chosen]
-      made, part = optimizer.update(
-        [leaves[i] for i in chosen], part, given
-      )
+      made, part = optimizer.update([leaves[i] for i in chosen], part, given)
       new += made
       states.append(_to_host(part, min_size))
 
@@ -129,8 +129,10 @@ def _fetch(tree: types.PyTree, after: types.PyTree, min_size: int):
 
 def _to_host(tree: types.PyTree, min_size: int) -> types.PyTree:
   return jax.tree.map(
-    lambda leaf: jax.device_put(leaf, jax.memory.Space.Host)
-    if leaf.size >= min_size
-    else leaf,
+    lambda leaf: (
+      jax.device_put(leaf, jax.memory.Space.Host)
+      if leaf.size >= min_size
+      else leaf
+    ),
     tree,
   )

@@ -1,5 +1,10 @@
-"""The optimizer's state on the host: where it lies, and that nothing changes."""
+"""The optimizer's state on the host: where it lies; no value changes."""
 
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
 import types
 
 import jax
@@ -165,6 +170,36 @@ def test_devices_without_such_memory_are_named():
     addressable_memories=lambda: [types.SimpleNamespace(kind='device')],
   )
   mesh = types.SimpleNamespace(devices=np.array([[device]], object))
-  with pytest.raises(ValueError, match='offload=True: abacus .*have device'):
+  with pytest.raises(ValueError, match=r'offload=True: abacus .*have device'):
     offload.check(mesh)
   offload.check(sharding.make_mesh())
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None, reason='needs libtpu'
+)
+def test_on_a_tpu_it_leaves_the_device():
+  # A process of its own: libtpu allows one at a time to hold it.
+  done = subprocess.run(
+    [sys.executable, pathlib.Path(__file__).parent / 'offload_on_tpu.py'],
+    env=os.environ
+    | {
+      'JAX_PLATFORMS': 'cpu',
+      'PYTHONPATH': os.pathsep.join([*sys.path]),
+      'TPU_SKIP_MDS_QUERY': '1',
+      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    },
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  kept, moved = (
+    tuple(map(int, line.split())) for line in done.stdout.splitlines()
+  )
+  # Each of two devices along fsdp has half of two moments in float32.
+  weights = 16 * 1024 * 1024
+  assert moved[1] == 2 * 4 * weights / 2 and kept[1] == 0
+  assert kept[0] - moved[0] == moved[1]
+  # At the peak two parts of them are back, in and out.
+  assert moved[2] < kept[2] - 0.5 * moved[1]
