@@ -28,6 +28,11 @@ EXACT = 5e-5
 ROUNDED = 0.1
 
 
+def _name(options):
+  values = {k: getattr(v, '__name__', v) for k, v in options.items()}
+  return ', '.join(f'{k}={v}' for k, v in values.items()) or 'plain'
+
+
 @pytest.fixture(scope='module')
 def params():
   """Weights that bfloat16 holds exactly."""
@@ -92,7 +97,7 @@ def _apart(grads, wanted):
     pytest.param({'compute_errs': reference.revalued}, marks=pytest.mark.slow),
     pytest.param({'ref_dtype': BFLOAT16}, marks=pytest.mark.slow),
   ],
-  ids=str,
+  ids=_name,
 )
 def test_options_keep_the_float32_gradient(gradient, options):
   wanted, margins = gradient()
@@ -120,7 +125,7 @@ def test_options_keep_the_float32_gradient(gradient, options):
       )
     ),
   ],
-  ids=str,
+  ids=_name,
 )
 def test_bfloat16_gradients_are_float32s_but_for_rounding(gradient, options):
   found, _ = gradient(dtype='bfloat16', **options)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from dpo_jax import sharding, trees
-from dpo_jax.train import checkpoint, offload
+from dpo_jax import task as task_lib
+from dpo_jax.train import checkpoint, loop, offload, workdir
 from dpo_jax.train import optimizer as optimizer_lib
 from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
@@ -156,6 +157,63 @@ def test_a_checkpoint_is_of_either_kind_and_comes_back_to_the_host(tmp_path):
     assert trees.digest(restored) == trees.digest(state)
     assert _kinds(restored) == _kinds(target)
   saver.close()
+
+
+class _Loader:
+  """Batches of random rows, each of its position."""
+
+  def __init__(self):
+    self._position = 0
+
+  def __next__(self):
+    rng = np.random.default_rng(self._position)
+    self._position += 1
+    return {
+      'x': rng.standard_normal((16, WIDTH), np.float32),
+      'id': np.arange(16, dtype=np.uint32),
+      'epoch': np.zeros(16, np.uint32),
+    }
+
+  def get_state(self):
+    return self._position
+
+  def set_state(self, position):
+    self._position = position
+
+
+def test_a_run_goes_on_with_its_state_on_the_host(tmp_path):
+  mesh = sharding.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+
+  def run(folder, num_steps, is_offloaded):
+    numbers = dict.fromkeys(('log_every', 'checkpoint_every', 'keep'), 1)
+    result = loop.run(
+      task=task_lib.Task(params=_params(), frozen={}, loss=_loss),
+      optimizer=_optimizer(is_offloaded=is_offloaded, name='adamw'),
+      schedule=lambda step: 1e-2,
+      loader=_Loader(),
+      eval_batches=lambda: [],
+      options=loop.Options(
+        seed=0,
+        num_steps=num_steps,
+        batch_size=16,
+        accumulate=1,
+        ema_decay=0.0,
+        eval_every=0,
+        offload=is_offloaded,
+        **numbers,
+      ),
+      mesh=mesh,
+      workdir=tmp_path / folder,
+    )
+    return result.state
+
+  plain = run('plain', 3, False)
+  first = run('moved', 2, True)
+  assert offload.HOST in _kinds(first).values()
+  # The key may change when a run goes on.
+  assert 'optim.offload' in workdir.FREE_KEYS
+  found = run('moved', 3, True)
+  assert trees.digest(found) == trees.digest(plain)
 
 
 def test_parts_are_in_order_and_no_larger_than_the_share():
