@@ -67,7 +67,7 @@ def kinds_of_program(text: str) -> dict[str, str]:
         found[name] = KINDS[2]
       else:
         found[name] = KINDS[1] if kernel.endswith('oi') else KINDS[0]
-    elif opcode == 'dot' or 'dot_general' in line and opcode == 'fusion':
+    elif opcode == 'dot' or ('dot_general' in line and opcode == 'fusion'):
       found[name] = KINDS[4]
     else:
       found[name] = KINDS[5]

@@ -83,9 +83,13 @@ def test_what_changes_numbers_is_not_allowed():
   assert {key.split('.')[0] for key in workdir.FREE_KEYS} == {
     'train',
     'mesh',
+    'optim',
     'eval',
     'export',
   }
+  # As another mesh it rounds elsewhere at most.
+  assert 'optim.offload' in workdir.FREE_KEYS
+  assert sum(key.startswith('optim') for key in workdir.FREE_KEYS) == 1
   assert not workdir.FREE_KEYS & {
     'seed',
     'task',
