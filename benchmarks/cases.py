@@ -124,6 +124,24 @@ SIZES = {
     pooled_width=1280,
   ),
 }
+# One network over more and more latents; attention is at half the side.
+SIZES |= {
+  f'side{side}': Size(
+    {
+      'block_out_channels': (16, 16),
+      'down_block_types': ('DownBlock2D', 'CrossAttnDownBlock2D'),
+      'up_block_types': ('CrossAttnUpBlock2D', 'UpBlock2D'),
+      'mid_block_type': None,
+      'layers_per_block': 1,
+      'cross_attention_dim': 16,
+      'attention_head_dim': 2,
+      'norm_num_groups': 8,
+    },
+    side=side,
+    text_length=8,
+  )
+  for side in (8, 16, 32, 64)
+}
 # A prime, so that no two rows of a weight are alike.
 _POOL = 1_000_003
 
@@ -220,6 +238,7 @@ def make_task(
   residual_dtype: str = '',
   sequential: bool = False,
   compute_errs: reference.Path | None = None,
+  beta: float = BETA,
   **options,
 ) -> task_lib.Task:
   """The real DPO task; `options` are those of preference.make_task."""
@@ -247,8 +266,8 @@ def make_task(
   return preference.make_task(
     inputs=inputs,
     params={'unet': params},
-    objective=functools.partial(dpo.dpo, beta=BETA),
-    reward_beta=BETA,
+    objective=functools.partial(dpo.dpo, beta=beta),
+    reward_beta=beta,
     compute_errs=compute_errs or reference.choose('auto', dtype),
     **options,
   )

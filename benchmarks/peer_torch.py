@@ -180,6 +180,7 @@ def measure(values: argparse.Namespace) -> dict[str, Any]:
     'version': f'torch {torch.__version__}, diffusers {diffusers.__version__}',
     'pairs_per_second': values.pairs / median,
     'step_ms': median * 1e3,
+    'seconds': seconds[3:],
     'tflops': rate / 1e12,
     'mfu': None if peak is None else rate / peak,
     'peak_gib': _peak_gib(device),

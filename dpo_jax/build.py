@@ -28,6 +28,7 @@ from dpo_jax.tasks import (
 )
 from dpo_jax.tasks import inputs as inputs_lib
 from dpo_jax.train import loop as loop_lib
+from dpo_jax.train import offload as offload_lib
 from dpo_jax.train import optimizer as optimizer_lib
 from dpo_jax.weights import classifiers
 
@@ -188,6 +189,7 @@ def make_optimizer(
     clip_norm=config.optim.clip_norm,
     mu_dtype=config.optim.mu_dtype,
     parameter_scale=config.optim.parameter_scale,
+    offload=config.optim.offload,
   )
   return optimizer, schedule
 
@@ -213,6 +215,7 @@ def _make_options(config):
   return loop_lib.Options(
     seed=config.seed,
     ema_decay=config.optim.ema_decay,
+    offload=config.optim.offload,
     **{
       name: config.train[name]
       for name in (
@@ -332,6 +335,8 @@ def build(config: ml_collections.ConfigDict) -> Job:
   """
   mesh = make_mesh(config)
   _check_eval_batch(config, sharding.batch_ways(mesh))
+  if config.optim.offload:
+    offload_lib.check(mesh)
   data = _read_data(config)
   counts, opened = data.counts, None
   if config.task == 'classify':

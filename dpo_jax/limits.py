@@ -27,7 +27,7 @@ CHOICES = {
   'model.attention': attention.BACKENDS,
   'model.residual_dtype': ('', 'float32'),
   'model.ref_path': reference.CHOICES,
-  'model.ref_dtype': preference.STORED_DTYPES,
+  'model.ref_dtype': preference.REF_DTYPES,
   'model.param_dtype': preference.STORED_DTYPES,
   'model.variant': ('', 'fp16'),
   'model.prediction_type': ('', *released.PREDICTION_TYPES),

@@ -14,6 +14,7 @@ import numpy as np
 
 from dpo_jax import build, loading, sharding, types
 from dpo_jax.planning import flops, hlo, shapes
+from dpo_jax.train import offload
 from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
 
@@ -93,6 +94,8 @@ def make_problem(
     trained,
   )
   placement = sharding.state_shardings(state, mesh)
+  if config.optim.offload:
+    placement = offload.place(placement, state)
   batch = shapes.batch(
     model,
     task=config.task,

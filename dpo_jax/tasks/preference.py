@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from dpo_jax import quantise, trees, types
 from dpo_jax import task as task_lib
-from dpo_jax import trees, types
 from dpo_jax.objectives import rewards
 from dpo_jax.tasks import inputs as inputs_lib
 from dpo_jax.tasks import reference
 
 STORED_DTYPES = ('float32', 'bfloat16')
+REF_DTYPES = (*STORED_DTYPES, *quantise.LARGEST)
 
 
 def make_task(
@@ -37,18 +38,24 @@ def make_task(
   ref_dtype and param_dtype: what the reference and the policy's own weights
   are stored in. If either is bfloat16 both start from the weights rounded to
   it: else the policy would start beside the reference. The step casts both to
-  the UNet's dtype of compute once, before its microbatches.
+  the UNet's dtype of compute once, before its microbatches. The reference's
+  kernels may be int8 or float8_e4m3fn, with a scale for each output channel,
+  and are then cast where they are used. The policy does not start from weights
+  rounded so far: its first margins are not 0.
 
   Wallace et al., CVPR 2024, section 4 and eq. 14.
   """
 
   compute_dtype = inputs.model.unet.dtype
+  in_eight_bits = jnp.dtype(ref_dtype).name in quantise.LARGEST
   start = params['unet']
   if jnp.dtype('bfloat16') in map(jnp.dtype, (ref_dtype, param_dtype)):
     start = trees.cast_floats(start, jnp.bfloat16)
 
   def prepare(params, frozen):
     policy = trees.cast_products(params['unet'], compute_dtype)
+    if in_eight_bits:
+      return {'unet': policy}, frozen
     ref = trees.cast_products(frozen['ref'], compute_dtype)
     return {'unet': policy}, {**frozen, 'ref': ref}
 
@@ -71,10 +78,14 @@ def make_task(
   def evaluate(params, frozen, batch, key):
     return loss(params, frozen, batch, key, prompt_dropout=0.0)
 
+  if in_eight_bits:
+    ref = quantise.quantise_kernels(start, jnp.dtype(ref_dtype).name)
+  else:
+    ref = trees.cast_floats(start, ref_dtype)
   return task_lib.Task(
     params={'unet': trees.cast_floats(start, param_dtype)},
     frozen={
-      'ref': trees.cast_floats(start, ref_dtype),
+      'ref': ref,
       **{name: params[name] for name in inputs.networks},
     },
     loss=loss,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import cases, flops, step_time, table
+from benchmarks import cases, flops, peer_step, step_time, table
 
 
 def test_products_by_hand():
@@ -94,3 +94,28 @@ def test_step_time_writes_what_the_table_reads(tmp_path, capsys):
 def test_the_table_says_where_nothing_was_timed(tmp_path, capsys):
   assert table.main([str(tmp_path)]) == 2
   assert 'no timed step' in capsys.readouterr().err
+
+
+def test_lora_is_refused_in_one_line(capsys):
+  assert step_time.main(['step_time', '--size=sdxl', '--tune=lora']) == 2
+  error = capsys.readouterr().err
+  assert 'has no LoRA yet' in error and error.count('\n') == 1
+
+
+def test_the_ratio_is_that_of_the_medians_of_all_rounds():
+  def record(*seconds):
+    return {
+      'seconds': list(seconds),
+      'peak_gib': 1.5,
+      'compile_seconds': 3.0,
+      'version': 'x',
+    }
+
+  shown = peer_step.lines(
+    {
+      'torch': [record(3.0, 9.0), record(3.2)],
+      'ours': [record(2.0), record(1.6), record(1.0)],
+    }
+  )
+  assert '3.200 s a step [3.000, 9.000], 3 steps, peak 1.5 GiB' in shown[0]
+  assert shown[-1] == 'ratio 2.00'
