@@ -241,6 +241,17 @@ def _check_eval_batch(config, ways):
     )
 
 
+def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What a config says of the networks: keywords of loading.make_model."""
+  return {
+    'dtype': config.model.dtype,
+    'remat': config.model.remat,
+    'residual_dtype': config.model.residual_dtype,
+    'attention': config.model.attention,
+    'zero_terminal_snr': config.noise.zero_terminal_snr,
+  }
+
+
 def _open(config, mesh):
   """The model that the config names."""
   opened = loading.open_model(
@@ -252,11 +263,7 @@ def _open(config, mesh):
     prediction_type=config.model.prediction_type,
     random_init=tuple(config.model.random_init),
     seed=config.seed,
-    dtype=config.model.dtype,
-    remat=config.model.remat,
-    residual_dtype=config.model.residual_dtype,
-    attention=config.model.attention,
-    zero_terminal_snr=config.noise.zero_terminal_snr,
+    **model_options(config),
   )
   if config.data.resolution % opened.model.downscale:
     raise ValueError(
