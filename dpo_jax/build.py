@@ -90,11 +90,15 @@ def make_task(
   params: may be shapes, if nothing is computed with them. empty_ids and
   empty_cond: as tasks.inputs.Inputs takes them.
   """
-  task = _make_task(config, model, params, empty_ids, empty_cond)
+  # XLA compiles loops for a CPU into slower code, and quickly what has none.
+  stack_layers = mesh.devices.flat[0].platform != 'cpu'
+  if config.model.stack_layers != 'auto':
+    stack_layers = config.model.stack_layers == 'always'
+  task = _make_task(config, model, params, empty_ids, empty_cond, stack_layers)
   return _over(mesh, task)
 
 
-def _make_task(config, model, params, empty_ids, empty_cond):
+def _make_task(config, model, params, empty_ids, empty_cond, stack_layers):
   if config.task == 'autoencode':
     return autoencode.make_task(
       model=model,
@@ -131,8 +135,9 @@ def _make_task(config, model, params, empty_ids, empty_cond):
     ),
     reward_beta=config.objective.reward_beta,
     compute_errs=reference.choose(config.model.ref_path, config.model.dtype),
-    ref_dtype=jnp.dtype(config.model.ref_dtype),
+    ref_dtype=config.model.ref_dtype,
     param_dtype=jnp.dtype(config.model.param_dtype),
+    stack_layers=stack_layers,
   )
 
 

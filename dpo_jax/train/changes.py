@@ -27,6 +27,7 @@ FREE = {
   'train.sequential': _SPREAD,
   'model.remat': _SPREAD,
   'model.attention': _SPREAD,
+  'model.stack_layers': _SPREAD,
   'optim.offload': _SPREAD,
   'mesh.data': _SPREAD,
   'mesh.fsdp': _SPREAD,

@@ -100,6 +100,7 @@ def test_what_changes_numbers_is_not_allowed():
   assert [key for key in changes.FREE if key.startswith('model')] == [
     'model.remat',
     'model.attention',
+    'model.stack_layers',
   ]
   # As another mesh it rounds elsewhere at most.
   assert [key for key in changes.FREE if key.startswith('optim')] == [
