@@ -6,7 +6,7 @@ JAX's own runtime does the work; here is where its settings come from.
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -189,14 +189,34 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def wait_for_all(name: str, *, seconds: int = 3600) -> None:
-  """Returns once every process has come here; `name` serves only once.
+def wait_for_all(*, seconds: int = 3600) -> None:
+  """Returns once every process has come here.
 
   The coordination service waits as long as it is told. A program's first
   collective does not: between virtual CPU devices gloo gives up when one
-  process comes some 30 s after another, which a busy machine brings about.
+  process comes 30 s after another, which compiling on a busy machine brings
+  about.
   """
-  ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * seconds)
+  wait = ocp.multihost.get_barrier_sync_fn()
+  wait(key='dpo_jax.wait_for_all', timeout_ms=1000 * seconds)
+
+
+def run_together(jitted: Callable) -> Callable:
+  """The function; with several processes it runs once all have compiled it.
+
+  It is then for arguments of the first call's shapes only.
+  """
+  if jax.process_count() == 1:
+    return jitted
+  compiled = []
+
+  def run(*args):
+    if not compiled:
+      compiled.append(jitted.lower(*args).compile())
+      wait_for_all()
+    return compiled[0](*args)
+
+  return run
 
 
 @contextlib.contextmanager
@@ -224,7 +244,7 @@ def together() -> Iterator[None]:
 
 def _agree(good: bool) -> list[int]:
   """Indices of the processes for which it is not good."""
-  wait_for_all('dpo_jax.agree')
+  wait_for_all()
   flags = multihost_utils.process_allgather(np.int32(good)).reshape(-1)
   return np.flatnonzero(flags == 0).tolist()
 

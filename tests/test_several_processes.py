@@ -17,7 +17,7 @@ import pytest
 
 from dpo_jax import build, datasets, flags, main, trees
 from dpo_jax import keys as keys_lib
-from dpo_jax.train import checkpoint, loop
+from dpo_jax.train import checkpoint, feed, loop
 
 # On a busy machine two processes compile for minutes.
 pytestmark = pytest.mark.timeout(1800)
@@ -242,16 +242,16 @@ def test_two_processes_align_a_model_as_one_does(arguments, tmp_path):
 
 def _go_on(argv, *, count, steps):
   """The run in this process on `count` devices, stopped after so many steps."""
-  added, real = [], loop._Log.add
+  taken, real = [], feed.Feed.take
 
-  def add(self, metrics):
-    real(self, metrics)
-    added.append(1)
-    if len(added) == steps:
+  def take(self):
+    taken.append(1)
+    if len(taken) == steps:
       os.kill(os.getpid(), signal.SIGTERM)
+    return real(self)
 
   with pytest.MonkeyPatch.context() as patch, _devices(count):
-    patch.setattr(loop._Log, 'add', add)
+    patch.setattr(feed.Feed, 'take', take)
     assert main.run(argv) == 4
 
 

@@ -19,9 +19,9 @@ FREE = {
   'train.eval_every': _RECORDED,
   'train.checkpoint_every': _RECORDED,
   'train.keep': _RECORDED,
-  'train.compile_cache': _RECORDED,
   'train.profile_from': _RECORDED,
   'train.profile_steps': _RECORDED,
+  'train.compile_cache': 'where the same programs are kept',
   # With fewer or smaller devices, what the memory needs.
   'train.accumulate': _SPREAD,
   'train.sequential': _SPREAD,

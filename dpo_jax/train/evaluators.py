@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import jax
 import numpy as np
 
-from dpo_jax import sharding, types
+from dpo_jax import distributed, sharding, types
 from dpo_jax import task as task_lib
 from dpo_jax.train import metrics as metrics_lib
 from dpo_jax.train import state as state_lib
@@ -25,6 +25,7 @@ def make_per_example(
   """
   whole = sharding.replicated(mesh)
   eval_step = jax.jit(step_lib.make_eval_step(loss_fn), out_shardings=whole)
+  eval_step = distributed.run_together(eval_step)
   gather = jax.jit(lambda rows: rows, out_shardings=whole)
 
   def evaluate(params, frozen, batch, key):

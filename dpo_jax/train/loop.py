@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
+from dpo_jax import distributed, sharding
 from dpo_jax import keys as keys_lib
-from dpo_jax import sharding
 from dpo_jax import task as task_lib
 from dpo_jax.train import checkpoint as checkpoint_lib
 from dpo_jax.train import evaluators as evaluators_lib
@@ -197,6 +197,7 @@ def _prepare(task, optimizer, options, mesh, checkpointer, loader) -> _Ready:
   )
   before = time.monotonic()
   compiled = train_step.lower(state, totals, *arguments).compile()
+  distributed.wait_for_all()
   return dataclasses.replace(
     ready,
     step=compiled,

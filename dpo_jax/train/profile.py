@@ -1,9 +1,12 @@
 """A window of steps in JAX's profiler, for TensorBoard or Perfetto."""
 
+import contextlib
 import os
 from typing import Any
 
 import jax
+
+from dpo_jax import folders
 
 
 class Profiler:
@@ -15,25 +18,27 @@ class Profiler:
 
   def __init__(self, workdir: str | os.PathLike, *, first: int, count: int):
     """first: 0 is off. A window that a resumed run starts inside is left."""
-    self._folder = os.path.join(os.fspath(workdir), 'profile')
+    self._folder = folders.to_path(workdir) / 'profile'
     self._first, self._last = first, first + count - 1
-    self._running = False
+    self._stack = None
 
   def before(self, step: int) -> None:
     """Starts where the window begins."""
     if step == self._first:
-      jax.profiler.start_trace(self._folder)
-      self._running = True
+      self._stack = contextlib.ExitStack()
+      place = self._stack.enter_context(folders.on_disk(self._folder))
+      jax.profiler.start_trace(str(place))
 
   def after(self, step: int, results: Any) -> None:
     """Ends with the window, once its `results` are computed."""
-    if self._running and step >= self._last:
+    if self._stack is not None and step >= self._last:
       jax.block_until_ready(results)
       self._stop()
 
   def _stop(self):
-    self._running = False
     jax.profiler.stop_trace()
+    self._stack.close()
+    self._stack = None
 
   def __enter__(self):
     """Traces nothing yet."""
@@ -41,5 +46,5 @@ class Profiler:
 
   def __exit__(self, *unused):
     """Ends a trace that is under way."""
-    if self._running:
+    if self._stack is not None:
       self._stop()
