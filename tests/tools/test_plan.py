@@ -5,7 +5,6 @@ import json
 import math
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 
@@ -42,23 +41,6 @@ def _run(module, *words):
     check=False,
   )
   return done.returncode, done.stdout, done.stderr
-
-
-@pytest.fixture(scope='module')
-def bare_folder(tmp_path_factory):
-  """A pipeline's JSON files, of a UNet of one level worth sharding."""
-  folder = tmp_path_factory.mktemp('bare') / 'model'
-  shutil.copytree(ROOT / 'examples' / 'emoji' / 'architecture', folder)
-  path = folder / 'unet' / 'config.json'
-  config = json.loads(path.read_text())
-  config |= {
-    'block_out_channels': [64],
-    'down_block_types': ['CrossAttnDownBlock2D'],
-    'mid_block_type': None,
-    'up_block_types': ['UpBlock2D'],
-  }
-  path.write_text(json.dumps(config))
-  return folder
 
 
 def test_memory_is_that_of_a_real_step(bare_folder):
