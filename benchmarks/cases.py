@@ -19,6 +19,7 @@ from dpo_jax import types
 from dpo_jax.diffusion import schedule as schedule_lib
 from dpo_jax.models import unet
 from dpo_jax.objectives import dpo
+from dpo_jax.planning import flops
 from dpo_jax.tasks import inputs as inputs_lib
 from dpo_jax.tasks import preference, reference
 
@@ -180,6 +181,22 @@ def unet_arguments(size: str, images: int) -> dict[str, jax.ShapeDtypeStruct]:
     name: jax.ShapeDtypeStruct(shape, jnp.int32 if name == 't' else jnp.float32)
     for name, shape in shapes.items()
   }
+
+
+def pair_flops(size: str) -> int:
+  """FLOPs of the DPO step on one pair from cached latents: 8 forward passes.
+
+  What rematerialisation or a kernel computes again is not the model's: a
+  backward pass counts as two forward passes of the plain, float32, model.
+  """
+  module, arguments = make_model(size).unet, unet_arguments(size, 2)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), **arguments)
+
+  def forward(params, arguments):
+    return module.apply(params, **arguments)
+
+  # An image of the pair: 1 + 2 of the policy, 1 of the reference.
+  return 4 * flops.count(forward, shapes, arguments)
 
 
 def random_params(size: str, *, seed: int = 0) -> types.Params:

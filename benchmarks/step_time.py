@@ -31,9 +31,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import cases, flops
+from benchmarks import cases
 from dpo_jax import sharding
 from dpo_jax import task as task_lib
+from dpo_jax.planning import chips
 from dpo_jax.tasks import preference, reference
 from dpo_jax.train import offload as offload_lib
 from dpo_jax.train import optimizer as optimizer_lib
@@ -263,10 +264,10 @@ def time_size(values: argparse.Namespace) -> dict[str, Any]:
     offload=values.offload,
     budget=values.seconds,
   )
-  needed = values.pairs * flops.pair_flops(values.size)
+  needed = values.pairs * cases.pair_flops(values.size)
   rate = needed / timing.median / mesh.devices.size
   kind = mesh.devices.flat[0].device_kind
-  peak = flops.peak_of(kind)
+  peak = chips.peak_of(kind)
   mfu = None if peak is None else rate / peak
   _print(
     [

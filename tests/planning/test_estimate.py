@@ -50,7 +50,7 @@ def test_bounds_by_hand():
   assert plan.bounds == {
     'arithmetic': pytest.approx(1.25),
     'memory': pytest.approx(2 * 4 / 819),
-    'links': pytest.approx(2 / 100),
+    'links': pytest.approx(2 / 200),
   }
   assert plan.step_seconds == pytest.approx(1.25)
   # One second of the model's arithmetic a chip, at 40% of the peak.
