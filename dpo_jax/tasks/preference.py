@@ -23,7 +23,7 @@ def make_task(
   objective: Callable,
   reward_beta: float,
   compute_errs: reference.Path = reference.separate,
-  ref_dtype: str = 'auto',
+  ref_dtype: types.DTypeLike = 'auto',
   param_dtype: types.DTypeLike = jnp.float32,
   stack_layers: bool = False,
 ) -> task_lib.Task:
@@ -52,9 +52,10 @@ def make_task(
   """
 
   compute_dtype = inputs.model.unet.dtype
-  in_eight_bits = ref_dtype in quantise.LARGEST
+  stored = ref_dtype if ref_dtype == 'auto' else jnp.dtype(ref_dtype).name
+  in_eight_bits = stored in quantise.LARGEST
   start = params['unet']
-  if 'bfloat16' in (ref_dtype, jnp.dtype(param_dtype).name):
+  if 'bfloat16' in (stored, jnp.dtype(param_dtype).name):
     start = trees.cast_floats(start, jnp.bfloat16)
 
   def arrange(tree):
@@ -88,11 +89,11 @@ def make_task(
     return loss(params, frozen, batch, key, prompt_dropout=0.0)
 
   if in_eight_bits:
-    ref = quantise.quantise_kernels(start, ref_dtype)
-  elif ref_dtype == 'auto':
+    ref = quantise.quantise_kernels(start, stored)
+  elif stored == 'auto':
     ref = arrange(trees.cast_products(start, compute_dtype))
   else:
-    ref = arrange(trees.cast_floats(start, jnp.dtype(ref_dtype)))
+    ref = arrange(trees.cast_floats(start, jnp.dtype(stored)))
   return task_lib.Task(
     params={'unet': trees.cast_floats(start, param_dtype)},
     frozen={

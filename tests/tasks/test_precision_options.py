@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import cases, flops
+from benchmarks import cases
 from dpo_jax import trees
+from dpo_jax.planning import flops
 from dpo_jax.tasks import reference
 from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
@@ -154,6 +155,19 @@ def test_the_loop_costs_no_pass_and_the_sequential_pair_one(params, policy):
   assert count(compute_errs=reference.loop) == plain
   # Six of eight passes are the policy's, and two are made again.
   assert 1.2 < count(sequential=True) / plain < 1.3
+
+
+def test_the_reference_is_stored_as_it_is_computed_with():
+  params = cases.random_params('nano')
+  task = cases.make_task('nano', params, dtype='bfloat16', ref_dtype='auto')
+  ref, policy = task.frozen['ref'], task.params['unet']
+  assert ref['conv_in']['kernel'].dtype == jnp.bfloat16
+  assert ref['conv_norm_out']['scale'].dtype == jnp.float32
+  assert policy['conv_in']['kernel'].dtype == jnp.float32
+  # The policy is not rounded, and both are the same to the step.
+  jax.tree.map(np.testing.assert_array_equal, policy, params)
+  prepared, frozen = task.loss.prepare(task.params, task.frozen)
+  jax.tree.map(np.testing.assert_array_equal, prepared['unet'], frozen['ref'])
 
 
 def test_rounded_weights_start_policy_and_reference_alike():
