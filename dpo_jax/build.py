@@ -12,7 +12,15 @@ import ml_collections
 import numpy as np
 import optax
 
-from dpo_jax import caching, datasets, limits, loading, sharding, types
+from dpo_jax import (
+  caching,
+  datasets,
+  limits,
+  loading,
+  sharding,
+  trees,
+  types,
+)
 from dpo_jax import stable_diffusion as sd_lib
 from dpo_jax import task as task_lib
 from dpo_jax.data import cached
@@ -278,6 +286,28 @@ def _open(config, mesh):
   return opened
 
 
+def _leave_start(opened, task):
+  """(opened, task) whose UNet is on the host where the reference has its own.
+
+  The policy starts as a copy of it, and until the evaluation nobody needs it:
+  4 bytes a weight of the devices' memory. Where several processes share its
+  parts it stays.
+  """
+  start = opened.params['unet']
+  shared = {id(leaf) for leaf in jax.tree.leaves(start)}
+  ref = jax.tree.leaves(task.frozen.get('ref', start))
+  kept = sum(leaf.size for leaf in ref if id(leaf) in shared)
+  if jax.process_count() > 1 or 2 * kept > trees.count(start):
+    return opened, task
+  own = task.params['unet'] is not start
+  start = jax.device_get(start)
+  params = jax.device_get(task.params) if own else {'unet': start}
+  return (
+    dataclasses.replace(opened, params={**opened.params, 'unet': start}),
+    dataclasses.replace(task, params=params),
+  )
+
+
 def _count_cut(tokenizer, captions) -> int:
   """How many distinct captions do not fit, which is also said."""
   distinct = sorted(set(captions))
@@ -367,6 +397,7 @@ def build(config: ml_collections.ConfigDict) -> Job:
       empty_ids=tokenizer.encode([''])[0][0],
       empty_cond=data.cache and data.cache.empty,
     )
+    opened, task = _leave_start(opened, task)
   if data.all_images is not None:
     cut = _count_cut(tokenizer, data.all_images.captions)
     counts = counts | {'captions_cut': cut}

@@ -130,7 +130,9 @@ def _restore_or_start(task, optimizer, options, mesh, checkpointer):
   if options.offload:
     placement = offload_lib.place(placement, shapes)
   if checkpointer.latest_step() is None:
-    return jax.jit(init, out_shardings=placement)(task.params), None
+    # They may be on the host.
+    params = jax.device_put(task.params, placement.params)
+    return jax.jit(init, out_shardings=placement)(params), None
   target = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=place
