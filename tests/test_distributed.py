@@ -119,6 +119,17 @@ def test_a_failure_elsewhere_is_a_failure_here(monkeypatch):
   assert answers == [True, False]
 
 
+def test_a_program_runs_once_all_have_compiled_it(monkeypatch):
+  jitted = jax.jit(lambda x: x + 1)
+  assert distributed.run_together(jitted) is jitted
+  waits = []
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(distributed, 'wait_for_all', lambda: waits.append(1))
+  run = distributed.run_together(jitted)
+  assert run(1) == 2 and run(2) == 3
+  assert len(waits) == 1
+
+
 def test_signals_wait_for_the_step():
   before = signal.getsignal(signal.SIGTERM)
   with preemption.Watch() as watch:
@@ -159,6 +170,8 @@ def test_a_signal_saves_the_step_and_the_log_has_no_seam(
 ):
   """Stopped within a log window, then after a step that is saved anyway."""
   argv = small_arguments(tmp_path, **SIX)
+  waits = []
+  monkeypatch.setattr(distributed, 'wait_for_all', lambda: waits.append(1))
   real = feed.Feed.take
   for count, step in ((3, 3), (1, 4)):
     taken = []
@@ -177,6 +190,8 @@ def test_a_signal_saves_the_step_and_the_log_has_no_seam(
     assert f'after step {step}, which is saved' in line
     assert (tmp_path / 'checkpoints' / str(step)).is_dir()
   assert main.run(argv) == 0
+  # Once a go, between compiling and the first step.
+  assert len(waits) == 3
   for name in ('final.json', 'metrics.jsonl'):
     texts = [(f / name).read_text() for f in (whole(small_arguments), tmp_path)]
     assert _numbers(texts[0]) == _numbers(texts[1])

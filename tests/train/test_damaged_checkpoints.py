@@ -200,6 +200,14 @@ def test_old_ones_go_when_the_new_manifest_is_there(tmp_path, monkeypatch):
   assert [path.name for path in folder.iterdir()] == ['2']
 
 
+def test_a_step_that_is_being_saved_is_not_saved_twice(tmp_path):
+  saver = _open(tmp_path)
+  for _ in range(2):
+    saver.save(4, _state(4), {'position': 4})
+  saver.close()
+  assert _restore(tmp_path) == 4
+
+
 def test_exported_parameters_are_verified(tmp_path, capsys):
   _save(tmp_path)
   (tmp_path / 'checkpoints/4/state/_METADATA').write_bytes(b'')
