@@ -77,19 +77,19 @@ def in_parts(
       all_leaves = jax.tree.leaves(node)
       return [all_leaves[i] for i in chosen]
 
-    new, states = [], []
+    done, states = [], []
     for chosen in _split([leaf.size for leaf in leaves], parts):
       part = jax.tree.map(
         lambda node, chosen=chosen: cut(node, chosen),
         state,
         is_leaf=is_like_params,
       )
-      # Not before: the gradients, or what must have left by then.
-      after = states[-2] if len(states) > 1 else leaves
+      # Not before the gradients, nor before what must have left by then.
+      after = (done[-2], states[-2]) if len(done) > 1 else leaves
       part = _fetch(part, after, min_size)
       given = None if params is None else [weights[i] for i in chosen]
       made, part = optimizer.update([leaves[i] for i in chosen], part, given)
-      new += made
+      done.append(made)
       states.append(_to_host(part, min_size))
 
     def join(node, *pieces):
@@ -98,7 +98,7 @@ def in_parts(
       return structure.unflatten([leaf for piece in pieces for leaf in piece])
 
     state = jax.tree.map(join, state, *states, is_leaf=is_like_params)
-    return structure.unflatten(new), state
+    return structure.unflatten([leaf for made in done for leaf in made]), state
 
   return optax.GradientTransformation(optimizer.init, update)
 

@@ -14,6 +14,8 @@ from dpo_jax.train import optimizer as optimizer_lib
 from dpo_jax.train import state as state_lib
 
 LAYERS, WIDTH = 16, 1024
+# So many that computing a gradient again is dearer than keeping it.
+ROWS = 4096
 
 
 def _loss(params, frozen, batch, key):
@@ -52,7 +54,7 @@ def _measure(mesh, *, is_offloaded: bool) -> tuple[int, int, int]:
       where,
     )
 
-  batch = {'x': jax.ShapeDtypeStruct((16, WIDTH), jnp.float32)}
+  batch = {'x': jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)}
   key = jax.eval_shape(lambda: jax.random.key(0))
   made = (
     jax.jit(
