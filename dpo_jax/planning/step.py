@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dpo_jax import build, loading, sharding, types
+from dpo_jax import from_config, loading, sharding, types
 from dpo_jax.planning import flops, hlo, shapes
 from dpo_jax.train import offload
 from dpo_jax.train import state as state_lib
@@ -82,8 +82,8 @@ def make_problem(
     )
   if from_cache and config.task != 'preference':
     raise ValueError('--cached=true: latents are for task=preference only')
-  mesh = build.make_mesh(config, devices)
-  optimizer, _ = build.make_optimizer(config)
+  mesh = from_config.make_mesh(config, devices)
+  optimizer, _ = from_config.make_optimizer(config)
   given = model, mesh, optimizer, from_cache
   trained, frozen, step = _make_step(config, *given)
   *_, plain_step = _make_step(_without_extra_work(config), *given)
@@ -140,7 +140,7 @@ def _make_step(config, model, mesh, optimizer, from_cache):
   networks = loading.make_model(
     model.parts,
     platform=mesh.devices.flat[0].platform,
-    **build.model_options(config),
+    **from_config.model_options(config),
   )
   if config.data.resolution % networks.downscale:
     raise ValueError(
@@ -157,7 +157,7 @@ def _make_step(config, model, mesh, optimizer, from_cache):
 
   def make(params):
     made.append(
-      build.make_task(
+      from_config.make_task(
         config,
         mesh=mesh,
         model=networks,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import quickstart
-from dpo_jax import build, loading
+from dpo_jax import from_config, loading
 from dpo_jax.planning import shapes, step
 
 
@@ -51,7 +51,8 @@ def test_a_run_and_its_plan_have_one_model(config, monkeypatch):
   config.model.dtype, config.model.residual_dtype = 'bfloat16', 'float32'
   config.noise.zero_terminal_snr = True
   _problem(config)
-  assert given[0] == build.model_options(config)
+  options = from_config.model_options(config)
+  assert given[0] == options | {'platform': 'cpu'}
   assert given[0]['residual_dtype'] == 'float32'
 
 
