@@ -19,6 +19,7 @@ from dpo_jax import types
 from dpo_jax.diffusion import schedule as schedule_lib
 from dpo_jax.models import unet
 from dpo_jax.objectives import dpo
+from dpo_jax.planning import flops
 from dpo_jax.tasks import inputs as inputs_lib
 from dpo_jax.tasks import preference, reference
 
@@ -124,6 +125,24 @@ SIZES = {
     pooled_width=1280,
   ),
 }
+# One network over more and more latents; attention is at half the side.
+SIZES |= {
+  f'side{side}': Size(
+    {
+      'block_out_channels': (16, 16),
+      'down_block_types': ('DownBlock2D', 'CrossAttnDownBlock2D'),
+      'up_block_types': ('CrossAttnUpBlock2D', 'UpBlock2D'),
+      'mid_block_type': None,
+      'layers_per_block': 1,
+      'cross_attention_dim': 16,
+      'attention_head_dim': 2,
+      'norm_num_groups': 8,
+    },
+    side=side,
+    text_length=8,
+  )
+  for side in (8, 16, 32, 64)
+}
 # A prime, so that no two rows of a weight are alike.
 _POOL = 1_000_003
 
@@ -162,6 +181,22 @@ def unet_arguments(size: str, images: int) -> dict[str, jax.ShapeDtypeStruct]:
     name: jax.ShapeDtypeStruct(shape, jnp.int32 if name == 't' else jnp.float32)
     for name, shape in shapes.items()
   }
+
+
+def pair_flops(size: str) -> int:
+  """FLOPs of the DPO step on one pair from cached latents: 8 forward passes.
+
+  What rematerialisation or a kernel computes again is not the model's: a
+  backward pass counts as two forward passes of the plain, float32, model.
+  """
+  module, arguments = make_model(size).unet, unet_arguments(size, 2)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), **arguments)
+
+  def forward(params, arguments):
+    return module.apply(params, **arguments)
+
+  # An image of the pair: 1 + 2 of the policy, 1 of the reference.
+  return 4 * flops.count(forward, shapes, arguments)
 
 
 def random_params(size: str, *, seed: int = 0) -> types.Params:
@@ -220,6 +255,7 @@ def make_task(
   residual_dtype: str = '',
   sequential: bool = False,
   compute_errs: reference.Path | None = None,
+  beta: float = BETA,
   **options,
 ) -> task_lib.Task:
   """The real DPO task; `options` are those of preference.make_task."""
@@ -247,8 +283,8 @@ def make_task(
   return preference.make_task(
     inputs=inputs,
     params={'unet': params},
-    objective=functools.partial(dpo.dpo, beta=BETA),
-    reward_beta=BETA,
+    objective=functools.partial(dpo.dpo, beta=beta),
+    reward_beta=beta,
     compute_errs=compute_errs or reference.choose('auto', dtype),
     **options,
   )

@@ -13,6 +13,10 @@
 #            there is no GPU: SIZES="tiny tiny_xl" (default: sd15 sdxl)
 #   PAIRS    pairs a step of the two (default: "16 8")
 #   SECONDS_EACH   seconds of timed steps of each program (default: 8)
+#   PATIENCE factor on the time that each part may take, for a machine that
+#            compiles slowly; LIMIT stays (default: 1)
+#   STEPS    steps of the loss curves of part check (default: 200)
+#   NOISE_SIZE     size for part noise (default: small)
 #
 # Ends with 0 if every part did what it should.
 set -uo pipefail
@@ -22,6 +26,7 @@ OUT=${OUT:-gpu_out}
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-570}
 EACH=${SECONDS_EACH:-8}
+PATIENCE=${PATIENCE:-1}
 read -r -a PARTS <<<"${PARTS:-check noise sd15 sdxl}"
 read -r -a SIZES <<<"${SIZES:-sd15 sdxl}"
 read -r -a PAIRS <<<"${PAIRS:-16 8}"
@@ -34,7 +39,7 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 
 # run NAME MOST COMMAND...: at most MOST seconds, and never over the limit.
 run() {
-  local name=$1 most=$2 left=$((LIMIT - SECONDS))
+  local name=$1 most=$(($2 * PATIENCE)) left=$((LIMIT - SECONDS))
   shift 2
   if ((left < 20)); then
     echo "== $name: left out, $left of $LIMIT seconds are left"

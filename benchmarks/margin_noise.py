@@ -94,8 +94,18 @@ ROWS = {
   'bfloat16 loop, bfloat16 master': _bf16(
     reference.loop, ref_dtype=jnp.bfloat16, param_dtype=jnp.bfloat16
   ),
+  'bfloat16 loop, int8 reference': _bf16(
+    reference.loop, ref_dtype=jnp.dtype('int8')
+  ),
+  'bfloat16 loop, float8 reference': _bf16(
+    reference.loop, ref_dtype=jnp.dtype('float8_e4m3fn')
+  ),
   'float32 loop, bfloat16 reference': (
     {'compute_errs': reference.loop, 'ref_dtype': jnp.bfloat16},
+    None,
+  ),
+  'float32 loop, int8 reference': (
+    {'compute_errs': reference.loop, 'ref_dtype': jnp.dtype('int8')},
     None,
   ),
 }

@@ -23,7 +23,8 @@ import sys
 import time
 from typing import Any
 
-from benchmarks import cases, flops
+from benchmarks import cases
+from dpo_jax.planning import chips
 
 BETA = cases.BETA
 MAX_STEPS = 200
@@ -170,8 +171,8 @@ def measure(values: argparse.Namespace) -> dict[str, Any]:
     if i >= 4 and time.perf_counter() - began > values.seconds:
       break
   median = statistics.median(seconds[3:])
-  rate = values.pairs * flops.pair_flops(values.size) / median
-  peak = flops.peak_of(kind)
+  rate = values.pairs * cases.pair_flops(values.size) / median
+  peak = chips.peak_of(kind)
   return {
     'program': 'torch',
     'settings': vars(values) | {'json': None},
@@ -180,6 +181,7 @@ def measure(values: argparse.Namespace) -> dict[str, Any]:
     'version': f'torch {torch.__version__}, diffusers {diffusers.__version__}',
     'pairs_per_second': values.pairs / median,
     'step_ms': median * 1e3,
+    'seconds': seconds[3:],
     'tflops': rate / 1e12,
     'mfu': None if peak is None else rate / peak,
     'peak_gib': _peak_gib(device),

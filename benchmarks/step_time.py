@@ -3,7 +3,7 @@
   python -m benchmarks.step_time --size=sd15 [--pairs=8] [--accumulate=1]
     [--dtype=bfloat16] [--remat=full] [--ref_path=auto] [--ref_dtype=bfloat16]
     [--param_dtype=float32] [--optimizer=adamw] [--mu_dtype=float32]
-    [--sequential] [--seconds=20] [--json=FILE]
+    [--sequential] [--offload] [--seconds=20] [--json=FILE]
   python -m benchmarks.step_time --config=configs/quickstart.py [--steps=20]
 
 The first is the DPO step of a size of benchmarks/cases.py (sd15 at 64x64 and
@@ -12,7 +12,7 @@ latents and text states, on all devices. FLOPs are the model's, counted from
 the jaxpr: 8 forward passes a pair, whatever is computed again. The second is
 the step of a config, the VAE's encoder included, with the FLOPs that the
 compiler counts, what is computed again included; overrides as for
-dpo_jax.main.
+dpo_jax.main. All weights are trained: there is no LoRA yet.
 
 Compile time is apart. The step's time is the median after two warm-ups; each
 step waits for the one before.
@@ -31,10 +31,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import cases, flops
+from benchmarks import cases
 from dpo_jax import sharding
 from dpo_jax import task as task_lib
-from dpo_jax.tasks import reference
+from dpo_jax.planning import chips
+from dpo_jax.tasks import preference, reference
+from dpo_jax.train import offload as offload_lib
 from dpo_jax.train import optimizer as optimizer_lib
 from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
@@ -90,6 +92,7 @@ def time_step(
   *,
   accumulate: int = 1,
   ema_decay: float = 0.0,
+  offload: bool = False,
   seed: int = 0,
   steps: int = MAX_STEPS,
   budget: float = float('inf'),
@@ -102,7 +105,11 @@ def time_step(
   def init(params):
     return state_lib.init_state(params, optimizer, use_ema=ema_decay > 0)
 
-  placement = sharding.state_shardings(jax.eval_shape(init, task.params), mesh)
+  shapes = jax.eval_shape(init, task.params)
+  placement = sharding.state_shardings(shapes, mesh)
+  if offload:
+    offload_lib.check(mesh)
+    placement = offload_lib.place(placement, shapes)
   state = jax.jit(init, out_shardings=placement)(task.params)
   frozen = jax.device_put(
     task.frozen, sharding.state_shardings(task.frozen, mesh)
@@ -198,6 +205,7 @@ def time_config(argv: list[str], steps: int) -> int:
     given['mesh'],
     accumulate=options.accumulate,
     ema_decay=options.ema_decay,
+    offload=options.offload,
     seed=options.seed,
     steps=steps,
   )
@@ -244,6 +252,7 @@ def time_size(values: argparse.Namespace) -> dict[str, Any]:
     weight_decay=1e-2,
     clip_norm=1.0,
     mu_dtype=values.mu_dtype,
+    offload=values.offload,
   )
   batch = cases.random_batch(values.size, values.pairs)
   timing = time_step(
@@ -252,12 +261,13 @@ def time_size(values: argparse.Namespace) -> dict[str, Any]:
     batch,
     mesh,
     accumulate=values.accumulate,
+    offload=values.offload,
     budget=values.seconds,
   )
-  needed = values.pairs * flops.pair_flops(values.size)
+  needed = values.pairs * cases.pair_flops(values.size)
   rate = needed / timing.median / mesh.devices.size
   kind = mesh.devices.flat[0].device_kind
-  peak = flops.peak_of(kind)
+  peak = chips.peak_of(kind)
   mfu = None if peak is None else rate / peak
   _print(
     [
@@ -281,6 +291,7 @@ def time_size(values: argparse.Namespace) -> dict[str, Any]:
     'version': f'jax {jax.__version__}',
     'pairs_per_second': values.pairs / timing.median,
     'step_ms': timing.median * 1e3,
+    'seconds': timing.seconds,
     'tflops': rate / 1e12,
     'mfu': mfu,
     'peak_gib': timing.peak_bytes / 2**30,
@@ -306,13 +317,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument('--residual_dtype', default='', choices=('', 'float32'))
   parser.add_argument('--remat', default='none')
   parser.add_argument('--ref_path', choices=reference.CHOICES, default='auto')
-  parser.add_argument('--ref_dtype', choices=dtypes, default='bfloat16')
+  parser.add_argument(
+    '--ref_dtype', choices=preference.REF_DTYPES, default='bfloat16'
+  )
   parser.add_argument('--param_dtype', choices=dtypes, default='float32')
   parser.add_argument(
     '--optimizer', choices=optimizer_lib.OPTIMIZERS, default='adamw'
   )
   parser.add_argument('--mu_dtype', choices=dtypes, default='float32')
   parser.add_argument('--sequential', action='store_true')
+  parser.add_argument('--offload', action='store_true')
+  parser.add_argument('--tune', choices=('full', 'lora'), default='full')
   parser.add_argument('--seconds', type=float, default=20.0)
   parser.add_argument('--json', default='')
   return parser.parse_args(argv)
@@ -325,6 +340,13 @@ def main(argv: list[str]) -> int:
     rest = [word for word in argv if word not in steps]
     return time_config(rest, int(steps[-1].split('=')[1]) if steps else 20)
   values = parse(argv[1:])
+  if values.tune == 'lora':
+    print(
+      'error: --tune=lora: dpo_jax trains all weights and has no LoRA yet; use '
+      '--tune=full',
+      file=sys.stderr,
+    )
+    return 2
   try:
     record = time_size(values)
   except ValueError as error:

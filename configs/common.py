@@ -40,6 +40,9 @@ def get_config() -> ml_collections.ConfigDict:
   # The UNet's attention: auto (splash on TPU, cudnn on GPU with bfloat16, xla
   # elsewhere) | xla | cudnn | splash.
   c.model.attention = 'auto'
+  # Loop over the layers of a deep transformer (SDXL) in the compiled program
+  # too, which makes it much smaller: auto (on accelerators) | always | never.
+  c.model.stack_layers = 'auto'
   # What the backward pass of a block computes again to save memory: none |
   # full (all, a forward pass more) | dots (all but convolutions and products
   # with weights) | names (all but the attentions' sums and the widest product).
@@ -50,9 +53,13 @@ def get_config() -> ml_collections.ConfigDict:
   # (separate, and a third pass for the policy's value) | auto (loop for
   # bfloat16, separate for float32).
   c.model.ref_path = 'auto'
-  # What the reference is stored in, float32 | bfloat16. With bfloat16 the
-  # policy starts from the weights rounded alike, so that both start equal.
-  c.model.ref_dtype = 'float32'
+  # What the reference is stored in: auto (kernels in the dtype of compute, the
+  # same bits as from float32) | float32 | bfloat16 | int8 | float8_e4m3fn.
+  # With bfloat16 and compute in float32 the policy starts from the weights
+  # rounded alike, so that both start equal. In eight bits (a byte a weight less
+  # than bfloat16) they do not: at beta 5000 the first margins are then mostly
+  # rounding.
+  c.model.ref_dtype = 'auto'
   # What the policy's own weights are stored in, float32 | bfloat16 (updates
   # are then rounded up or down at random, and both start from rounded weights).
   c.model.param_dtype = 'float32'
@@ -142,6 +149,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.optim.weight_decay = 1e-2
   # Global gradient norm; 0 is off.
   c.optim.clip_norm = 1.0
+  # Keep the optimizer's state in the host's memory: 8 bytes a weight less on
+  # the device with AdamW, for 16 that cross to it and back in every step.
+  c.optim.offload = False
   # Decay of a running mean of the weights, which is then exported; 0 is off.
   c.optim.ema_decay = 0.0
 

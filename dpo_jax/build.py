@@ -1,34 +1,29 @@
-"""Builds plain objects from a run's config; nothing below reads a config."""
+"""Builds a run from its config; with from_config, the readers of configs."""
 
 import dataclasses
-import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 
-from dpo_jax import caching, datasets, limits, loading, sharding, types
-from dpo_jax import stable_diffusion as sd_lib
-from dpo_jax import task as task_lib
+from dpo_jax import (
+  caching,
+  datasets,
+  from_config,
+  limits,
+  loading,
+  sharding,
+  trees,
+)
 from dpo_jax.data import cached
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.evaluate import judge as judge_lib
 from dpo_jax.models import classifier
-from dpo_jax.tasks import (
-  autoencode,
-  classify,
-  denoise,
-  preference,
-  reference,
-)
-from dpo_jax.tasks import inputs as inputs_lib
 from dpo_jax.train import loop as loop_lib
-from dpo_jax.train import optimizer as optimizer_lib
+from dpo_jax.train import offload as offload_lib
 from dpo_jax.weights import classifiers
 
 
@@ -75,144 +70,12 @@ def _load_judge(config) -> judge_lib.StyleJudge | None:
   )
 
 
-def make_task(
-  config: ml_collections.ConfigDict,
-  *,
-  mesh: jax.sharding.Mesh,
-  model: sd_lib.StableDiffusion,
-  params: dict[str, types.Params],
-  empty_ids: np.ndarray,
-  empty_cond: Mapping[str, np.ndarray] | None,
-) -> task_lib.Task:
-  """The task of a diffusion model, its activations split over the mesh.
-
-  params: may be shapes, if nothing is computed with them. empty_ids and
-  empty_cond: as tasks.inputs.Inputs takes them.
-  """
-  task = _make_task(config, model, params, empty_ids, empty_cond)
-  return _over(mesh, task)
-
-
-def _make_task(config, model, params, empty_ids, empty_cond):
-  if config.task == 'autoencode':
-    return autoencode.make_task(
-      model=model,
-      params=params,
-      resolution=config.data.resolution,
-      kl_weight=config.vae.kl_weight,
-    )
-  inputs = inputs_lib.Inputs(
-    model=model,
-    resolution=config.data.resolution,
-    empty_ids=empty_ids,
-    prompt_dropout=config.data.prompt_dropout,
-    dropped_prompt=config.data.dropped_prompt,
-    micro_cond=config.data.micro_cond,
-    timesteps=inputs_lib.choose_timesteps(
-      model.schedule.num_steps,
-      low=config.noise.t_min,
-      high=config.noise.t_max,
-      only=tuple(config.noise.timesteps),
-    ),
-    posterior=config.data.posterior,
-    empty_cond=empty_cond,
-    sequential=config.train.sequential,
-  )
-  if config.task == 'denoise':
-    return denoise.make_task(
-      inputs=inputs, params=params, min_snr_gamma=config.denoise.min_snr_gamma
-    )
-  return preference.make_task(
-    inputs=inputs,
-    params=params,
-    objective=functools.partial(
-      limits.OBJECTIVES[config.objective.name], **config.objective.numbers
-    ),
-    reward_beta=config.objective.reward_beta,
-    compute_errs=reference.choose(config.model.ref_path, config.model.dtype),
-    ref_dtype=jnp.dtype(config.model.ref_dtype),
-    param_dtype=jnp.dtype(config.model.param_dtype),
-  )
-
-
-def _make_classify(config, style_names):
-  settings = classifier.ImageClassifierConfig(
-    classes=tuple(style_names),
-    widths=tuple(config.classifier.widths),
-    palette=tuple(config.classifier.palette),
-    image_size=config.data.resolution,
-  )
-  module = classifier.ImageClassifier(settings)
-  side = config.data.resolution
-  params = jax.jit(module.init)(
-    jax.random.key(config.seed), jnp.zeros((1, side, side, 3))
-  )['params']
-  return classify.make_task(
-    classifier=module,
-    params=params,
-    noise=config.classifier.noise,
-    gain=config.classifier.gain,
-    blur=config.classifier.blur,
-    shift=config.classifier.shift,
-  )
-
-
-def _over(mesh, task):
-  """The task with its networks' activations split over the mesh."""
-  return dataclasses.replace(
-    task,
-    loss=sharding.over(mesh, task.loss),
-    evaluators={
-      name: sharding.over(mesh, fn) for name, fn in task.evaluators.items()
-    },
-  )
-
-
-def make_optimizer(
-  config: ml_collections.ConfigDict,
-) -> tuple[optax.GradientTransformation, Callable[[int], float]]:
-  """(optimizer, schedule of its rate)."""
-  schedule = optimizer_lib.make_schedule(
-    name=config.optim.schedule,
-    learning_rate=config.optim.lr,
-    warmup_steps=config.optim.warmup_steps,
-    num_steps=config.optim.decay_steps or config.train.num_steps,
-  )
-  optimizer = optimizer_lib.make_optimizer(
-    name=config.optim.name,
-    schedule=schedule,
-    b1=config.optim.b1,
-    b2=config.optim.b2,
-    eps=config.optim.eps,
-    weight_decay=config.optim.weight_decay,
-    clip_norm=config.optim.clip_norm,
-    mu_dtype=config.optim.mu_dtype,
-    parameter_scale=config.optim.parameter_scale,
-  )
-  return optimizer, schedule
-
-
-def make_mesh(
-  config: ml_collections.ConfigDict,
-  devices: Sequence[jax.Device] | None = None,
-) -> jax.sharding.Mesh:
-  """The mesh, once the batch size is known to fit it.
-
-  Raises ValueError naming the size that does not.
-  """
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  ways = sharding.batch_ways(mesh)
-  sharding.check_batch_size(
-    config.train.batch_size, config.train.accumulate, ways
-  )
-  return mesh
-
-
 def _make_options(config):
   """The loop's numbers."""
   return loop_lib.Options(
     seed=config.seed,
     ema_decay=config.optim.ema_decay,
+    offload=config.optim.offload,
     **{
       name: config.train[name]
       for name in (
@@ -249,11 +112,7 @@ def _open(config, mesh):
     prediction_type=config.model.prediction_type,
     random_init=tuple(config.model.random_init),
     seed=config.seed,
-    dtype=config.model.dtype,
-    remat=config.model.remat,
-    residual_dtype=config.model.residual_dtype,
-    attention=config.model.attention,
-    zero_terminal_snr=config.noise.zero_terminal_snr,
+    **from_config.model_options(config),
   )
   if config.data.resolution % opened.model.downscale:
     raise ValueError(
@@ -261,6 +120,28 @@ def _open(config, mesh):
       f"VAE's downscale factor {opened.model.downscale}"
     )
   return opened
+
+
+def _leave_start(opened, task):
+  """(opened, task) whose UNet is on the host where the reference has its own.
+
+  The policy starts as a copy of it, and until the evaluation nobody needs it:
+  4 bytes a weight of the devices' memory. Where several processes share its
+  parts it stays.
+  """
+  start = opened.params['unet']
+  shared = {id(leaf) for leaf in jax.tree.leaves(start)}
+  ref = jax.tree.leaves(task.frozen.get('ref', start))
+  kept = sum(leaf.size for leaf in ref if id(leaf) in shared)
+  if jax.process_count() > 1 or 2 * kept > trees.count(start):
+    return opened, task
+  own = task.params['unet'] is not start
+  start = jax.device_get(start)
+  params = jax.device_get(task.params) if own else {'unet': start}
+  return (
+    dataclasses.replace(opened, params={**opened.params, 'unet': start}),
+    dataclasses.replace(task, params=params),
+  )
 
 
 def _count_cut(tokenizer, captions) -> int:
@@ -330,19 +211,20 @@ def build(config: ml_collections.ConfigDict) -> Job:
   Raises ValueError naming file and reason for bad weights or data, and for
   sizes that do not fit the devices.
   """
-  mesh = make_mesh(config)
+  mesh = from_config.make_mesh(config)
   _check_eval_batch(config, sharding.batch_ways(mesh))
+  if config.optim.offload:
+    offload_lib.check(mesh)
   data = _read_data(config)
   counts, opened = data.counts, None
   if config.task == 'classify':
     tokenizer = _NoTokenizer()
-    task = _make_classify(config, data.all_images.style_names)
-    task = _over(mesh, task)
+    task = from_config.make_classify(config, data.all_images.style_names, mesh)
   else:
     opened = _open(config, mesh)
     _check_caches(data, opened)
     tokenizer = opened.tokenizers
-    task = make_task(
+    task = from_config.make_task(
       config,
       mesh=mesh,
       model=opened.model,
@@ -350,6 +232,7 @@ def build(config: ml_collections.ConfigDict) -> Job:
       empty_ids=tokenizer.encode([''])[0][0],
       empty_cond=data.cache and data.cache.empty,
     )
+    opened, task = _leave_start(opened, task)
   if data.all_images is not None:
     cut = _count_cut(tokenizer, data.all_images.captions)
     counts = counts | {'captions_cut': cut}
@@ -371,7 +254,7 @@ def build(config: ml_collections.ConfigDict) -> Job:
   held_batches = datasets.make_held_batches(
     data.held, tokenizer, batch_size=config.eval.batch_size, **sizes
   )
-  optimizer, schedule = make_optimizer(config)
+  optimizer, schedule = from_config.make_optimizer(config)
   source = opened and opened.source
   return Job(
     record=limits.validate(config) | {'source': source},

@@ -26,8 +26,9 @@ CHOICES = {
   'model.remat': unet.REMAT,
   'model.attention': attention.BACKENDS,
   'model.residual_dtype': ('', 'float32'),
+  'model.stack_layers': ('auto', 'always', 'never'),
   'model.ref_path': reference.CHOICES,
-  'model.ref_dtype': preference.STORED_DTYPES,
+  'model.ref_dtype': preference.REF_DTYPES,
   'model.param_dtype': preference.STORED_DTYPES,
   'model.variant': ('', 'fp16'),
   'model.prediction_type': ('', *released.PREDICTION_TYPES),
@@ -124,7 +125,8 @@ def _check_ignored(config) -> list[str]:
   preference_only = 'task', ('preference',)
   users = {
     'model.ref_path': ('auto', *preference_only),
-    'model.ref_dtype': ('float32', *preference_only),
+    'model.ref_dtype': ('auto', *preference_only),
+    'model.stack_layers': ('auto', *preference_only),
     'model.param_dtype': ('float32', *preference_only),
     'train.sequential': (False, *preference_only),
     'optim.mu_dtype': ('float32', 'optim.name', ('adamw',)),

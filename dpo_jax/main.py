@@ -30,12 +30,7 @@ def _run(argv, watch):
     with distributed.together():
       stack.enter_context(place)
       distributed.say(place.describe(jax.devices()))
-      cache = compile_cache.choose(
-        config.train.compile_cache,
-        workdir=folder,
-        platform=jax.devices()[0].platform,
-      )
-      compile_cache.start(cache)
+      compile_cache.start(config.train.compile_cache, workdir=folder)
       job = build.build(config)
       for name, record in job.pinned.items():
         place.pin(name, record)

@@ -35,6 +35,8 @@ RULES = (
   # ... and out of them: their sum goes over the devices.
   (r'(to_out_0|out_proj|net_2|fc2)/kernel$', (TENSOR, 'fsdp')),
 )
+# In the names of leaves that are several layers' (models.transformer).
+STACKED = '/transformer_blocks/'
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
@@ -148,6 +150,11 @@ def state_shardings(
 
 
 def _spec(name, shape, mesh, rules, min_size) -> tuple[str | None, ...]:
+  if STACKED in name:
+    # Each lies as it does alone, so that stacking them moves nothing.
+    one = name.replace(STACKED, '/')
+    spec = _spec(one, shape[1:], mesh, rules, min_size)
+    return (None, *spec) if any(spec) else ()
   if math.prod(shape) < min_size:
     return ()
   wanted = next((spec for rule, spec in rules if re.search(rule, name)), ())

@@ -191,6 +191,23 @@ def tiny_refiner_folder(tmp_path_factory, tokenizer_2_folder) -> pathlib.Path:
 
 
 @pytest.fixture(scope='session')
+def bare_folder(tmp_path_factory) -> pathlib.Path:
+  """A pipeline's JSON files, of a UNet of one level: enough for a plan."""
+  folder = tmp_path_factory.mktemp('bare') / 'model'
+  shutil.copytree(EMOJI / 'architecture', folder)
+  path = folder / 'unet' / 'config.json'
+  config = json.loads(path.read_text())
+  config |= {
+    'block_out_channels': [64],
+    'down_block_types': ['CrossAttnDownBlock2D'],
+    'mid_block_type': None,
+    'up_block_types': ['UpBlock2D'],
+  }
+  path.write_text(json.dumps(config))
+  return folder
+
+
+@pytest.fixture(scope='session')
 def tiny_pairs(tmp_path_factory) -> pathlib.Path:
   """The first 48 rows of the shipped emoji pairs."""
   path = tmp_path_factory.mktemp('data') / 'pairs.parquet'

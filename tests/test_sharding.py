@@ -10,10 +10,14 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from configs import common
-from dpo_jax import limits, loading, sharding
+from dpo_jax import limits, sharding, trees
+from dpo_jax import stable_diffusion as sd_lib
+from dpo_jax.diffusion import schedule as schedule_lib
+from dpo_jax.models import unet
 from dpo_jax.objectives import dpo
 from dpo_jax.tasks import inputs as inputs_lib
 from dpo_jax.tasks import preference
+from dpo_jax.weights import diffusers_maps
 
 # (data, fsdp, tensor): every way to share 2, 4 and 8 devices.
 MESHES = [
@@ -23,6 +27,31 @@ MESHES = [
   for fsdp in (1, 2, 4, 8)
   if devices % (data * fsdp) == 0
 ]
+# Each axis, and each number of devices; a program takes seconds to compile.
+QUICK = [(2, 1, 1), (1, 2, 2), (2, 2, 2)]
+# One level with everything that a mesh can split: convolutions, group norms,
+# attention to itself and to the text, a feed-forward layer.
+UNET = unet.UNetConfig(
+  block_out_channels=(16,),
+  down_block_types=('CrossAttnDownBlock2D',),
+  up_block_types=('UpBlock2D',),
+  mid_block_type=None,
+  layers_per_block=1,
+  cross_attention_dim=16,
+  attention_head_dim=2,
+  norm_num_groups=8,
+)
+SIDE, TOKENS, PAIRS = 8, 8, 8
+# The margin is beta / 2 times a difference of errors, rounding included: 10
+# leaves 1e-5 for what a mesh does to sums' order, 5000 would not.
+BETA = 10.0
+SCHEDULER = {
+  '_class_name': 'DDIMScheduler',
+  'beta_schedule': 'scaled_linear',
+  'beta_start': 0.00085,
+  'beta_end': 0.012,
+  'prediction_type': 'epsilon',
+}
 
 
 def _mesh(data, fsdp, tensor=1):
@@ -35,43 +64,61 @@ def _mesh(data, fsdp, tensor=1):
 
 
 @pytest.fixture(scope='module')
-def problem(tiny_folder):
-  """(task, policy, batch) of a small Stable Diffusion, policy != reference."""
-  opened = loading.open_model(
-    str(tiny_folder), mesh=_mesh(1, 1), dtype='float32'
-  )
+def problem():
+  """(loss, frozen, policy, batch) over latents, policy != reference."""
   rng = np.random.default_rng(0)
-  encode = opened.tokenizers.encode
+  model = sd_lib.StableDiffusion(
+    unet=unet.UNet2DConditionModel(UNET),
+    vae=None,
+    text_encoders={},
+    schedule=schedule_lib.from_config(SCHEDULER),
+    scheduler_config=SCHEDULER,
+    scaling_factor=0.2,
+    latent_channels=4,
+    downscale=8,
+  )
+
+  def fill(path, leaf):
+    values = rng.standard_normal(leaf.shape)
+    if path[-1].key == 'kernel':
+      return values / np.sqrt(np.prod(leaf.shape[:-1]))
+    return 0.1 * values + (path[-1].key == 'scale')
+
+  shapes = diffusers_maps.COMPONENTS['unet'].init_shapes(UNET)
+  params = jax.tree_util.tree_map_with_path(fill, shapes)
+  width = UNET.cross_attention_dim
   inputs = inputs_lib.Inputs(
-    model=opened.model, resolution=16, empty_ids=encode([''])[0][0]
+    model=model,
+    resolution=8 * SIDE,
+    empty_ids=np.zeros((1, TOKENS), np.int32),
+    empty_cond={'prompt_embeds': np.ones((TOKENS, width), np.float32)},
   )
   task = preference.make_task(
     inputs=inputs,
-    params=jax.device_get(opened.params),
-    objective=functools.partial(dpo.dpo, beta=100.0),
-    reward_beta=100.0,
+    params={'unet': params},
+    objective=functools.partial(dpo.dpo, beta=BETA),
+    reward_beta=BETA,
   )
   policy = jax.tree.map(
-    lambda leaf: np.asarray(
-      leaf * (1 + 0.1 * rng.standard_normal(leaf.shape)), np.float32
-    ),
-    task.params,
+    lambda leaf: leaf * (1 + 0.1 * rng.standard_normal(leaf.shape)), params
   )
   batch = {
-    'images': rng.integers(0, 256, (8, 2, 16, 16, 3), np.uint8),
-    'sizes': rng.integers(0, 99, (8, 2, 4), np.int32),
-    'input_ids': encode([f'cat {i}' for i in range(8)])[0],
-    'id': np.arange(8, dtype=np.uint32),
-    'epoch': np.zeros(8, np.uint32),
+    'moments': rng.standard_normal((PAIRS, 2, SIDE, SIDE, 8)),
+    'prompt_embeds': rng.standard_normal((PAIRS, TOKENS, width)),
+    'id': np.arange(PAIRS, dtype=np.uint32),
+    'epoch': np.zeros(PAIRS, np.uint32),
   }
-  return task, policy, batch
+  in_float32 = functools.partial(trees.cast_floats, dtype=np.float32)
+  frozen = in_float32({'ref': params})
+  return task.loss, frozen, {'unet': in_float32(policy)}, in_float32(batch)
 
 
-def _lower(problem, mesh):
-  """(compiled value_and_grad of the mean loss, its arguments) on a mesh."""
-  task, policy, batch = problem
+def _compute(problem, mesh):
+  """(mean loss, its gradient) on a mesh."""
+  task_loss, frozen, policy, batch = problem
+  # The smallest leaves too, so that every rule has something to split.
   place = functools.partial(sharding.state_shardings, min_size=32)
-  loss = sharding.over(mesh, task.loss)
+  loss = sharding.over(mesh, task_loss)
 
   def mean(policy, frozen, batch, key):
     return jnp.mean(loss(policy, frozen, batch, key)[0])
@@ -79,30 +126,37 @@ def _lower(problem, mesh):
   placement = place(policy, mesh)
   arguments = (
     jax.device_put(policy, placement),
-    jax.device_put(task.frozen, place(task.frozen, mesh)),
+    jax.device_put(frozen, place(frozen, mesh)),
     sharding.put_batch(batch, mesh),
     jax.device_put(jax.random.key(0), sharding.replicated(mesh)),
   )
   step = jax.jit(jax.value_and_grad(mean), out_shardings=(None, placement))
   # What is compared is how the program is split, not how it is made fast.
   options = {'xla_backend_optimization_level': 0}
-  return step.lower(*arguments).compile(options), arguments
+  return step.lower(*arguments).compile(options)(*arguments)
 
 
 @pytest.fixture(scope='module')
 def on_one_device(problem):
-  compiled, arguments = _lower(problem, _mesh(1, 1))
-  return jax.device_get(compiled(*arguments))
+  return jax.device_get(_compute(problem, _mesh(1, 1)))
 
 
-@pytest.mark.parametrize(('data', 'fsdp', 'tensor'), MESHES)
+@pytest.mark.parametrize(
+  ('data', 'fsdp', 'tensor'),
+  [
+    pytest.param(*mesh, marks=() if mesh in QUICK else pytest.mark.slow)
+    for mesh in MESHES
+  ],
+)
 def test_every_mesh_gives_one_loss_and_gradient(
   problem, on_one_device, data, fsdp, tensor
 ):
-  compiled, arguments = _lower(problem, _mesh(data, fsdp, tensor))
-  loss, gradient = compiled(*arguments)
-  kernel = gradient['unet']['conv_in']['kernel']
-  assert kernel.addressable_shards[0].data.size * fsdp == kernel.size
+  loss, gradient = _compute(problem, _mesh(data, fsdp, tensor))
+  conv = gradient['unet']['conv_in']['kernel']
+  assert conv.addressable_shards[0].data.size * fsdp == conv.size
+  block = gradient['unet']['down_blocks_0']['attentions_0']
+  kernel = block['transformer_blocks_0']['attn1']['to_q']['kernel']
+  assert kernel.addressable_shards[0].data.size * fsdp * tensor == kernel.size
   wanted_loss, wanted = on_one_device
   np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
   assert abs(wanted_loss - np.log(2)) > 1e-3

@@ -52,6 +52,10 @@ def prepare(topology: chips.Topology) -> None:
   elif topology.chip.platform == 'tpu':
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+    # Without these libtpu looks for a TPU's host, and complains of none.
+    os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+    os.environ.setdefault('TPU_WORKER_ID', '0')
+    os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
   else:
     os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
     # There is no GPU to try kernels on.

@@ -162,21 +162,31 @@ def advice(
   if config.model.dtype == 'float32':
     found.append('--config.model.dtype=bfloat16: halves the activations')
   per_device = config.train.batch_size // (config.train.accumulate * ways)
-  if per_device > 1 and sizes['activations'] > lasting / 4:
+  of_pairs = config.task == 'preference'
+  if sizes['activations'] > lasting / 4:
+    if per_device > 1:
+      found.append(
+        f'--config.train.accumulate={config.train.accumulate * per_device}: '
+        f'one pair a device at once instead of {per_device}'
+      )
+    if of_pairs and not config.train.sequential:
+      found.append(
+        '--config.train.sequential=true: one image of a pair at once'
+      )
+  # Slices share no weights.
+  most = ways // config.mesh.dcn_data
+  if plan.mesh['fsdp'] < most:
     found.append(
-      f'--config.train.accumulate={config.train.accumulate * per_device}: one '
-      f'pair a device at once instead of {per_device}'
-    )
-  if plan.mesh['fsdp'] < ways:
-    found.append(
-      f'--config.mesh.fsdp={ways}: shards the {lasting / chips.GIB:.1f} GiB of '
+      f'--config.mesh.fsdp={most}: shards the {lasting / chips.GIB:.1f} GiB of '
       'parameters and states over all devices'
     )
   if config.optim.name == 'adamw':
     found.append('--config.optim.name=adafactor: hardly any optimizer state')
+  if of_pairs and config.model.ref_dtype == 'float32':
+    found.append('--config.model.ref_dtype=bfloat16: halves the reference')
   if config.optim.ema_decay:
     found.append('--config.optim.ema_decay=0: one copy of the weights less')
-  if not from_cache and config.task == 'preference':
+  if not from_cache and of_pairs:
     found.append(
       'prepare --model and --cached=true: no VAE and text encoders in the step'
     )

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dpo_jax import build, loading, sharding, types
+from dpo_jax import from_config, loading, sharding, types
 from dpo_jax.planning import flops, hlo, shapes
+from dpo_jax.train import offload
 from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
 
@@ -29,7 +30,7 @@ class Problem:
     step: of train.step.make_step.
     arguments: shapes with shardings: state, frozen, batch, key.
     out_shardings: of what the step returns.
-    plain_step: the same without rematerialisation, for the model's FLOPs.
+    plain_step: the same without work done twice, for the model's FLOPs.
   """
 
   mesh: jax.sharding.Mesh
@@ -81,11 +82,11 @@ def make_problem(
     )
   if from_cache and config.task != 'preference':
     raise ValueError('--cached=true: latents are for task=preference only')
-  mesh = build.make_mesh(config, devices)
-  optimizer, _ = build.make_optimizer(config)
-  given = config, model, mesh, optimizer, from_cache
-  trained, frozen, step = _make_step(*given, remat=config.model.remat)
-  *_, plain_step = _make_step(*given, remat='none')
+  mesh = from_config.make_mesh(config, devices)
+  optimizer, _ = from_config.make_optimizer(config)
+  given = model, mesh, optimizer, from_cache
+  trained, frozen, step = _make_step(config, *given)
+  *_, plain_step = _make_step(_without_extra_work(config), *given)
   state = jax.eval_shape(
     lambda params: state_lib.init_state(
       params, optimizer, use_ema=config.optim.ema_decay > 0
@@ -93,6 +94,8 @@ def make_problem(
     trained,
   )
   placement = sharding.state_shardings(state, mesh)
+  if config.optim.offload:
+    placement = offload.place(placement, state)
   batch = shapes.batch(
     model,
     task=config.task,
@@ -120,13 +123,24 @@ def _placed(tree: Any, placement: Any) -> Any:
   )
 
 
-def _make_step(config, model, mesh, optimizer, from_cache, *, remat):
+def _without_extra_work(config):
+  """The config of the same gradient with nothing computed a second time."""
+  plain = config.copy_and_resolve_references()
+  with plain.unlocked():
+    plain.model.remat, plain.model.ref_path = 'none', 'separate'
+    plain.train.sequential = False
+    if 'attention' in plain.model:
+      # Kernels compute softmax again, and are counted by their blocks.
+      plain.model.attention = 'xla'
+  return plain
+
+
+def _make_step(config, model, mesh, optimizer, from_cache):
   """(shapes of what is trained, of what is frozen, the step)."""
   networks = loading.make_model(
     model.parts,
-    dtype=config.model.dtype,
-    remat=remat,
-    zero_terminal_snr=config.noise.zero_terminal_snr,
+    platform=mesh.devices.flat[0].platform,
+    **from_config.model_options(config),
   )
   if config.data.resolution % networks.downscale:
     raise ValueError(
@@ -143,7 +157,7 @@ def _make_step(config, model, mesh, optimizer, from_cache, *, remat):
 
   def make(params):
     made.append(
-      build.make_task(
+      from_config.make_task(
         config,
         mesh=mesh,
         model=networks,

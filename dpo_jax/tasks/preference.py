@@ -5,13 +5,15 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from dpo_jax import quantise, trees, types
 from dpo_jax import task as task_lib
-from dpo_jax import trees, types
+from dpo_jax.models import transformer
 from dpo_jax.objectives import rewards
 from dpo_jax.tasks import inputs as inputs_lib
 from dpo_jax.tasks import reference
 
 STORED_DTYPES = ('float32', 'bfloat16')
+REF_DTYPES = ('auto', *STORED_DTYPES, *quantise.LARGEST)
 
 
 def make_task(
@@ -21,8 +23,9 @@ def make_task(
   objective: Callable,
   reward_beta: float,
   compute_errs: reference.Path = reference.separate,
-  ref_dtype: types.DTypeLike = jnp.float32,
+  ref_dtype: types.DTypeLike = 'auto',
   param_dtype: types.DTypeLike = jnp.float32,
+  stack_layers: bool = False,
 ) -> task_lib.Task:
   """Trains the UNet on pairs against a frozen copy of itself.
 
@@ -36,19 +39,33 @@ def make_task(
   compute_errs: how the two errors are computed, one of reference.PATHS.
   ref_dtype and param_dtype: what the reference and the policy's own weights
   are stored in. If either is bfloat16 both start from the weights rounded to
-  it: else the policy would start beside the reference. The step casts both to
-  the UNet's dtype of compute once, before its microbatches.
+  it: else the policy would start beside the reference. 'auto' stores the
+  reference's kernels in the dtype of compute, which changes no bit, for the
+  step casts both to it once, before its microbatches. The reference's
+  kernels may be int8 or float8_e4m3fn, with a scale for each output channel,
+  and are then cast where they are used. The policy does not start from weights
+  rounded so far: its first margins are not 0.
+  stack_layers: compute with models.transformer.stack_layers; not with eight
+  bits.
 
   Wallace et al., CVPR 2024, section 4 and eq. 14.
   """
 
   compute_dtype = inputs.model.unet.dtype
+  stored = ref_dtype if ref_dtype == 'auto' else jnp.dtype(ref_dtype).name
+  in_eight_bits = stored in quantise.LARGEST
   start = params['unet']
-  if jnp.dtype('bfloat16') in map(jnp.dtype, (ref_dtype, param_dtype)):
+  if 'bfloat16' in (stored, jnp.dtype(param_dtype).name):
     start = trees.cast_floats(start, jnp.bfloat16)
 
+  def arrange(tree):
+    stacks = stack_layers and not in_eight_bits
+    return transformer.stack_layers(tree) if stacks else tree
+
   def prepare(params, frozen):
-    policy = trees.cast_products(params['unet'], compute_dtype)
+    policy = arrange(trees.cast_products(params['unet'], compute_dtype))
+    if in_eight_bits:
+      return {'unet': policy}, frozen
     ref = trees.cast_products(frozen['ref'], compute_dtype)
     return {'unet': policy}, {**frozen, 'ref': ref}
 
@@ -71,10 +88,16 @@ def make_task(
   def evaluate(params, frozen, batch, key):
     return loss(params, frozen, batch, key, prompt_dropout=0.0)
 
+  if in_eight_bits:
+    ref = quantise.quantise_kernels(start, stored)
+  elif stored == 'auto':
+    ref = arrange(trees.cast_products(start, compute_dtype))
+  else:
+    ref = arrange(trees.cast_floats(start, jnp.dtype(stored)))
   return task_lib.Task(
     params={'unet': trees.cast_floats(start, param_dtype)},
     frozen={
-      'ref': trees.cast_floats(start, ref_dtype),
+      'ref': ref,
       **{name: params[name] for name in inputs.networks},
     },
     loss=loss,

@@ -28,6 +28,7 @@ def separate(
 
   A backward pass counted as two forward passes, an image costs four.
   """
+  ref = _in_dtypes_of(policy, ref)
   return err_fn(policy, inputs), jax.lax.stop_gradient(err_fn(ref, inputs))
 
 
@@ -42,6 +43,7 @@ def revalued(
   traced = err_fn(policy, inputs)
   value = err_fn(jax.lax.stop_gradient(policy), inputs)
   policy_err = value + (traced - jax.lax.stop_gradient(traced))
+  ref = _in_dtypes_of(policy, ref)
   return policy_err, jax.lax.stop_gradient(err_fn(ref, inputs))
 
 
@@ -92,11 +94,17 @@ def _ref_first():
   return jnp.array([True, False])
 
 
-def _select(is_ref, policy, ref):
+def _in_dtypes_of(policy, ref):
+  # Each weight where it is used: one in eight bits is never whole in memory.
   return jax.tree.map(
-    lambda ours, theirs: jnp.where(is_ref, theirs.astype(ours.dtype), ours),
-    policy,
-    ref,
+    lambda ours, theirs: theirs.astype(ours.dtype), policy, ref
+  )
+
+
+def _select(is_ref, policy, ref):
+  ref = _in_dtypes_of(policy, ref)
+  return jax.tree.map(
+    lambda ours, theirs: jnp.where(is_ref, theirs, ours), policy, ref
   )
 
 

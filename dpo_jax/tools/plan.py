@@ -7,9 +7,9 @@ Compiles the real training step of the config for that topology and prints what
 one device holds at its peak, FLOPs, traffic, and how long the run takes. No
 chip, no weights and no data are needed: --config.model.folder names a diffusers
 folder with its JSON files, or sd15, sd21, sdxl or sdxl_refiner (by default what
-the recipe is called). Topologies: v5e:16x16, v6e:8x8, v5p:4x4x4, v4:2x2x4 (with
-the package libtpu), h100:8 (with jax[cuda12]), cpu:8; with
---config.mesh.dcn_data=2 so many slices of it. --cached: train from latents and
+the recipe is called). Topologies: v5e:16x16, v6e:8x8, v5p:4x4x4 (with the
+package libtpu), h100:8 (with jax[cuda12]), cpu:8; --config.mesh.dcn_data=2 is
+so many slices of it. --cached: train from latents and
 text states (by default if data.path has them). Other overrides as for
 dpo_jax.main. With --json the last line is one JSON object.
 

@@ -26,8 +26,9 @@ FREE = {
   'train.accumulate': _SPREAD,
   'train.sequential': _SPREAD,
   'model.remat': _SPREAD,
-  # Other hardware has other kernels.
   'model.attention': _SPREAD,
+  'model.stack_layers': _SPREAD,
+  'optim.offload': _SPREAD,
   'mesh.data': _SPREAD,
   'mesh.fsdp': _SPREAD,
   'mesh.tensor': _SPREAD,

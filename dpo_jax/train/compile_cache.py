@@ -23,7 +23,9 @@ def choose(
   return f'{os.fspath(workdir)}/compiled'
 
 
-def start(folder: str | None) -> None:
-  """Keeps what takes more than a second to compile; None changes nothing."""
-  if folder is not None:
-    jax.config.update(_SETTING, folder)
+def start(folder: str, *, workdir: str | os.PathLike) -> None:
+  """Keeps what takes more than a second to compile, where `choose` says."""
+  platform = jax.devices()[0].platform
+  chosen = choose(folder, workdir=workdir, platform=platform)
+  if chosen is not None:
+    jax.config.update(_SETTING, chosen)

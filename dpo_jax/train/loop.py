@@ -20,6 +20,7 @@ from dpo_jax.train import checkpoint as checkpoint_lib
 from dpo_jax.train import evaluators as evaluators_lib
 from dpo_jax.train import feed as feed_lib
 from dpo_jax.train import log as log_lib
+from dpo_jax.train import offload as offload_lib
 from dpo_jax.train import preemption
 from dpo_jax.train import profile as profile_lib
 from dpo_jax.train import state as state_lib
@@ -46,6 +47,7 @@ class Options:
   keep: int
   profile_from: int = 0
   profile_steps: int = 0
+  offload: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +127,12 @@ def _restore_or_start(task, optimizer, options, mesh, checkpointer):
 
   shapes = jax.eval_shape(init, task.params)
   placement = sharding.state_shardings(shapes, mesh)
+  if options.offload:
+    placement = offload_lib.place(placement, shapes)
   if checkpointer.latest_step() is None:
-    return jax.jit(init, out_shardings=placement)(task.params), None
+    # They may be on the host.
+    params = jax.device_put(task.params, placement.params)
+    return jax.jit(init, out_shardings=placement)(params), None
   target = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=place
@@ -187,7 +193,7 @@ def _prepare(task, optimizer, options, mesh, checkpointer, loader) -> _Ready:
     totals = totals_lib.from_record(saved['window'], names=metrics)
   totals = jax.device_put(totals, whole)
   train_step = jax.jit(
-    totals_lib.guarded(step_fn),
+    totals_lib.add_to(step_fn),
     donate_argnums=0,
     out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), whole),
   )
@@ -217,11 +223,11 @@ def run(
 ) -> Result:
   """Trains to `options.num_steps`, continuing from the newest checkpoint.
 
-  A NaN changes no state; the run stops with NonFiniteLossError where it next
-  logs or saves, and names the step. Everything is logged at step multiples of
-  log_every as the mean over the window; between them the host waits for no
-  result. should_stop(step): asked after every step but the last; where it is
-  true, in all processes, the step is saved and Preempted raised.
+  After a NaN the run stops with NonFiniteLossError where it next logs or would
+  save, and names the step; nothing of it is kept. Everything is logged at step
+  multiples of log_every as the mean over the window; between them the host
+  waits for no result. should_stop(step): asked after every step but the last;
+  where it is true, in all processes, the step is saved and Preempted raised.
   """
   started = time.monotonic()
   window = _Window(workdir)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import optax
 
 from dpo_jax import trees
+from dpo_jax.train import offload as offload_lib
 
 OPTIMIZERS = ('adamw', 'adafactor')
 MU_DTYPES = ('float32', 'bfloat16')
@@ -71,6 +72,7 @@ def make_optimizer(
   clip_norm: float,
   mu_dtype: str = 'float32',
   parameter_scale: bool = False,
+  offload: bool = False,
 ) -> optax.GradientTransformation:
   """Global-norm clipping, then AdamW or Adafactor.
 
@@ -78,7 +80,8 @@ def make_optimizer(
   decay is, as there, times the rate. It scales by parameter norms only with
   `parameter_scale`, which Adafactor alone takes, and holds no first moment.
   AdamW stores its first moment in `mu_dtype`, float32 or bfloat16; the second
-  is float32. clip_norm 0 switches clipping off.
+  is float32. clip_norm 0 switches clipping off. With `offload` the state is
+  expected to lie as train.offload.place says.
 
   Raises ValueError for an option that the named optimizer would ignore.
   """
@@ -114,6 +117,8 @@ def make_optimizer(
     raise ValueError(
       f'optim.name={name!r}: allowed are {", ".join(OPTIMIZERS)}'
     )
+  if offload:
+    inner = offload_lib.in_parts(inner)
   if not clip_norm:
     return inner
   return optax.chain(optax.clip_by_global_norm(clip_norm), inner)

@@ -40,23 +40,19 @@ def empty(names: Collection[str]) -> Totals:
   )
 
 
-def guarded(step_fn: Callable) -> Callable:
+def add_to(step_fn: Callable) -> Callable:
   """step(state, totals, frozen, batch, key) -> (state, totals).
 
-  step_fn: of train.step.make_step. From a bad step on nothing changes any
-  more: neither the state nor the totals, until the host looks.
+  step_fn: of train.step.make_step. From a bad step on the totals stand still;
+  the state, which may be NaN by then, is not to be kept.
   """
 
   def step(state, totals, frozen, batch, key):
-    following, metrics = step_fn(state, frozen, batch, key)
-    bad = {name: ~jnp.isfinite(metrics[name]) for name in FATAL}
+    number = state.step + 1
+    state, metrics = step_fn(state, frozen, batch, key)
     stopped = totals.bad_step != 0
-    # The state's step stands still too: a later bad one has the same number.
-    stops = bad['loss'] | bad['norm/grads']
-    keep = stopped | stops
-    following = jax.tree.map(
-      lambda new, old: jnp.where(keep, old, new), following, state
-    )
+    bad = {name: ~jnp.isfinite(metrics[name]) for name in FATAL}
+    stops = ~stopped & (bad['loss'] | bad['norm/grads'])
     present = {
       name: ~stopped & ~jnp.isnan(value) for name, value in metrics.items()
     }
@@ -66,13 +62,13 @@ def guarded(step_fn: Callable) -> Callable:
         for name, value in metrics.items()
       },
       counts={name: totals.counts[name] + present[name] for name in metrics},
-      bad_step=jnp.where(stops, state.step + 1, totals.bad_step),
+      bad_step=jnp.where(stops, number, totals.bad_step),
       bad={
         name: jnp.where(stopped, totals.bad[name], value)
         for name, value in bad.items()
       },
     )
-    return following, totals
+    return state, totals
 
   return step
 

@@ -1,39 +1,12 @@
-"""FLOPs by hand, the table, and the command lines at a tiny size."""
+"""FLOPs of a pair, the table, and the command lines at a tiny size."""
 
 import json
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from benchmarks import cases, flops, step_time, table
-
-
-def test_products_by_hand():
-  a, b = jnp.ones((3, 5, 7)), jnp.ones((3, 7, 2))
-  assert flops.count(jnp.matmul, a, b) == 2 * 3 * 5 * 7 * 2
-  image, kernel = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 6))
-
-  def conv(image, kernel):
-    return jax.lax.conv_general_dilated(
-      image, kernel, (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-    )
-
-  assert flops.count(conv, image, kernel) == 2 * (2 * 4 * 4 * 6) * (9 * 4)
-
-
-def test_loops_count_as_often_as_they_run():
-  x = jnp.ones((4, 4))
-
-  def looped(x):
-    return jax.lax.scan(lambda c, _: (jnp.tanh(c @ x), None), x, length=5)[0]
-
-  def searched(x):
-    return jax.lax.while_loop(lambda c: c[0, 0] < 9, lambda c: c @ x, x)
-
-  assert flops.count(jax.jit(looped), x) == 5 * 2 * 4**3
-  with pytest.raises(ValueError, match='while loop with products'):
-    flops.count(searched, x)
+from benchmarks import cases, peer_step, step_time, table
+from dpo_jax.planning import chips
 
 
 @pytest.mark.slow
@@ -41,12 +14,12 @@ def test_loops_count_as_often_as_they_run():
   ('size', 'wanted'), [('sd15', 6.45e12), ('sdxl', 54.07e12)]
 )
 def test_a_pair_of_the_real_models_costs_what_is_known(size, wanted):
-  assert flops.pair_flops(size) == pytest.approx(wanted, rel=0.01)
+  assert cases.pair_flops(size) == pytest.approx(wanted, rel=0.01)
 
 
 def test_peaks_are_found_by_the_name_of_the_device():
-  assert flops.peak_of('NVIDIA H100 80GB HBM3') == 989e12
-  assert flops.peak_of('cpu') is None
+  assert chips.peak_of('NVIDIA H100 80GB HBM3') == 989e12
+  assert chips.peak_of('cpu') is None
 
 
 def test_the_real_sizes_have_the_released_parameters():
@@ -94,3 +67,28 @@ def test_step_time_writes_what_the_table_reads(tmp_path, capsys):
 def test_the_table_says_where_nothing_was_timed(tmp_path, capsys):
   assert table.main([str(tmp_path)]) == 2
   assert 'no timed step' in capsys.readouterr().err
+
+
+def test_lora_is_refused_in_one_line(capsys):
+  assert step_time.main(['step_time', '--size=sdxl', '--tune=lora']) == 2
+  error = capsys.readouterr().err
+  assert 'has no LoRA yet' in error and error.count('\n') == 1
+
+
+def test_the_ratio_is_that_of_the_medians_of_all_rounds():
+  def record(*seconds):
+    return {
+      'seconds': list(seconds),
+      'peak_gib': 1.5,
+      'compile_seconds': 3.0,
+      'version': 'x',
+    }
+
+  shown = peer_step.lines(
+    {
+      'torch': [record(3.0, 9.0), record(3.2)],
+      'ours': [record(2.0), record(1.6), record(1.0)],
+    }
+  )
+  assert '3.200 s a step [3.000, 9.000], 3 steps, peak 1.5 GiB' in shown[0]
+  assert shown[-1] == 'ratio 2.00'

@@ -50,7 +50,7 @@ def test_bounds_by_hand():
   assert plan.bounds == {
     'arithmetic': pytest.approx(1.25),
     'memory': pytest.approx(2 * 4 / 819),
-    'links': pytest.approx(2 / 100),
+    'links': pytest.approx(2 / 200),
   }
   assert plan.step_seconds == pytest.approx(1.25)
   # One second of the model's arithmetic a chip, at 40% of the peak.
@@ -85,14 +85,25 @@ def test_advice_only_where_it_does_not_fit():
   config = common.get_config()
   assert _advise(config, peak=15 * GB) == []
   found = '\n'.join(_advise(config, peak=18 * GB, activations=14 * GB))
-  for words in ('remat=full', 'accumulate=512', 'fsdp=4', 'adafactor'):
-    assert words in found
+  words = ('remat=full', 'accumulate=512', 'fsdp=4', 'adafactor', 'sequential')
+  for word in (*words, 'ref_dtype=bfloat16', 'dtype=bfloat16', '--cached=true'):
+    assert word in found
   config.model.remat, config.optim.name = 'full', 'adafactor'
   config.train.accumulate = 512
   found = '\n'.join(_advise(config, peak=18 * GB, activations=14 * GB, fsdp=4))
-  for words in ('remat', 'accumulate', 'fsdp', 'adafactor'):
-    assert words not in found
+  for word in ('remat', 'accumulate', 'fsdp', 'adafactor', 'ema'):
+    assert word not in found
   assert 'more chips' in found
+  assert _advise(config, peak=18 * GB, activations=GB // 2)[0].startswith(
+    '--config.model.dtype=bfloat16'
+  )
+  assert 'sequential' not in '\n'.join(_advise(config, peak=18 * GB))
+
+
+def test_advice_keeps_weights_within_a_slice():
+  config = common.get_config()
+  config.mesh.dcn_data = 2
+  assert '--config.mesh.fsdp=2:' in '\n'.join(_advise(config, peak=18 * GB))
 
 
 def test_the_table_says_what_the_plan_does():

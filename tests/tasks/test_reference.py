@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import flops
+from dpo_jax import quantise
 from dpo_jax.tasks import reference
 
 
@@ -65,6 +66,22 @@ def test_paths_give_the_errors_and_the_gradient_by_hand(name):
 def test_no_gradient_reaches_the_reference(name):
   grads, _ = _grads(reference.PATHS[name], 1)(_params(0), _params(1), _inputs())
   assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize('name', reference.PATHS)
+def test_a_reference_in_eight_bits_is_as_its_cast_weights(name):
+  policy, inputs = _params(0), _inputs()
+  ref = {
+    key: quantise.quantise(leaf, 'int8') for key, leaf in _params(1).items()
+  }
+  dense = {key: leaf.astype(jnp.float32) for key, leaf in ref.items()}
+  found = _grads(reference.PATHS[name])(policy, ref, inputs)
+  wanted = _grads(reference.PATHS[name])(policy, dense, inputs)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+    found,
+    wanted,
+  )
 
 
 def test_the_loop_differentiates_the_policy_alone_and_carries_no_weights():

@@ -2,8 +2,10 @@
 
   python tests/tools/plan_and_run.py --config=... --topology=cpu:8 ...
 
-{"planned": bytes, "measured": bytes} of all devices together: what the step's
-arguments take, and by how much the process then grows at most.
+{"planned": bytes, "measured": bytes} of all devices together. Measured is what
+the step's arguments take, and by how much the process' resident memory then
+grows at most while the step runs: temporaries, results, and what the CPU
+backend takes beside the compiler's plan (packed operands of its products).
 """
 
 import contextlib
@@ -15,7 +17,7 @@ import pathlib
 import sys
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from dpo_jax.planning import chips, devices, shapes
 from dpo_jax.planning import step as step_lib
@@ -30,10 +32,21 @@ def _status(name: str) -> int:
   raise RuntimeError(f'no {name} in /proc/self/status')
 
 
-def _zeros(leaf):
-  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    return jax.device_put(jax.random.key(0), leaf.sharding)
-  return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+def _ones(shapes):
+  """Arguments in buffers of their own: numpy's are shared, never donated."""
+
+  def make():
+    return jax.tree.map(
+      lambda leaf: (
+        jax.random.key(0)
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else jnp.ones(leaf.shape, leaf.dtype)
+      ),
+      shapes,
+    )
+
+  places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+  return jax.block_until_ready(jax.jit(make, out_shardings=places)())
 
 
 def main(argv):
@@ -53,7 +66,7 @@ def main(argv):
     problem.step, donate_argnums=0, out_shardings=problem.out_shardings
   )
   compiled = step.lower(*problem.arguments).compile()
-  arguments = jax.tree.map(_zeros, problem.arguments)
+  arguments = _ones(problem.arguments)
   held = sum(
     shard.data.nbytes
     for leaf in jax.tree.leaves(arguments)

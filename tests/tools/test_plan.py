@@ -5,7 +5,6 @@ import json
 import math
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 
@@ -31,6 +30,8 @@ def _run(module, *words):
   }
   paths = [str(ROOT), env.get('PYTHONPATH', '')]
   env['PYTHONPATH'] = os.pathsep.join(filter(None, paths))
+  # Machine code need not be fast; buffers and collectives are decided before.
+  env['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
   done = subprocess.run(
     [sys.executable, *module, *words],
     cwd=ROOT,
@@ -42,38 +43,22 @@ def _run(module, *words):
   return done.returncode, done.stdout, done.stderr
 
 
-@pytest.fixture(scope='module')
-def bare_folder(tiny_folder, tmp_path_factory):
-  """Only the JSON files of a pipeline whose weights are worth sharding."""
-  folder = tmp_path_factory.mktemp('bare') / 'model'
-  keep = ('config.json', 'model_index.json', 'scheduler_config.json')
-  for path in tiny_folder.rglob('*'):
-    if path.name in keep:
-      target = folder / path.relative_to(tiny_folder)
-      target.parent.mkdir(parents=True, exist_ok=True)
-      shutil.copyfile(path, target)
-  path = folder / 'unet' / 'config.json'
-  config = json.loads(path.read_text())
-  config |= {'block_out_channels': [64, 128], 'norm_num_groups': 8}
-  path.write_text(json.dumps(config))
-  return folder
-
-
-def test_memory_is_that_of_a_real_step(tiny_folder):
+def test_memory_is_that_of_a_real_step(bare_folder):
   """Of 8 devices in one process, the larger part of it activations."""
   code, out, err = _run(
     ['tests/tools/plan_and_run.py'],
     '--config=configs/quickstart.py',
     '--topology=cpu:8',
-    f'--config.model.folder={tiny_folder}',
-    '--config.data.resolution=64',
-    '--config.train.batch_size=64',
+    f'--config.model.folder={bare_folder}',
+    '--cached=true',
+    '--config.data.resolution=32',
+    '--config.train.batch_size=512',
     '--config.mesh.fsdp=2',
   )
   assert code == 0, err
   record = json.loads(out.splitlines()[-1])
   assert record['n_devices'] == 8
-  assert record['pairs_per_step'] == 64
+  assert record['pairs_per_step'] == 512
   assert record['measured'] > 100e6
   assert record['planned'] == pytest.approx(record['measured'], rel=0.1)
 

@@ -37,7 +37,7 @@ def test_programs_are_kept_though_some_were_compiled_before(tmp_path):
   script = (
     'import jax, sys; from dpo_jax.train import compile_cache as c;'
     'jax.jit(lambda x: x + 1)(1.0);'
-    'c.start(sys.argv[1]);'
+    "c.start(sys.argv[1], workdir='.');"
     "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0);"
     'jax.jit(lambda x: x * 3)(1.0)'
   )

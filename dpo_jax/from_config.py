@@ -1,0 +1,182 @@
+"""What a config says of task, networks, optimizer and mesh, as objects."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from dpo_jax import limits, sharding, types
+from dpo_jax import stable_diffusion as sd_lib
+from dpo_jax import task as task_lib
+from dpo_jax.models import classifier
+from dpo_jax.tasks import (
+  autoencode,
+  classify,
+  denoise,
+  preference,
+  reference,
+)
+from dpo_jax.tasks import inputs as inputs_lib
+from dpo_jax.train import optimizer as optimizer_lib
+
+
+def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What a config says of the networks: keywords of loading.make_model."""
+  return {
+    'dtype': config.model.dtype,
+    'remat': config.model.remat,
+    'residual_dtype': config.model.residual_dtype,
+    'attention': config.model.attention,
+    'zero_terminal_snr': config.noise.zero_terminal_snr,
+  }
+
+
+def make_task(
+  config: ml_collections.ConfigDict,
+  *,
+  mesh: jax.sharding.Mesh,
+  model: sd_lib.StableDiffusion,
+  params: dict[str, types.Params],
+  empty_ids: np.ndarray,
+  empty_cond: Mapping[str, np.ndarray] | None,
+) -> task_lib.Task:
+  """The task of a diffusion model, its activations split over the mesh.
+
+  params: may be shapes, if nothing is computed with them. empty_ids and
+  empty_cond: as tasks.inputs.Inputs takes them.
+  """
+  # XLA compiles loops for a CPU into slower code, and quickly what has none.
+  stack_layers = mesh.devices.flat[0].platform != 'cpu'
+  if config.model.stack_layers != 'auto':
+    stack_layers = config.model.stack_layers == 'always'
+  task = _make_task(config, model, params, empty_ids, empty_cond, stack_layers)
+  return _over(mesh, task)
+
+
+def _make_task(config, model, params, empty_ids, empty_cond, stack_layers):
+  if config.task == 'autoencode':
+    return autoencode.make_task(
+      model=model,
+      params=params,
+      resolution=config.data.resolution,
+      kl_weight=config.vae.kl_weight,
+    )
+  inputs = inputs_lib.Inputs(
+    model=model,
+    resolution=config.data.resolution,
+    empty_ids=empty_ids,
+    prompt_dropout=config.data.prompt_dropout,
+    dropped_prompt=config.data.dropped_prompt,
+    micro_cond=config.data.micro_cond,
+    timesteps=inputs_lib.choose_timesteps(
+      model.schedule.num_steps,
+      low=config.noise.t_min,
+      high=config.noise.t_max,
+      only=tuple(config.noise.timesteps),
+    ),
+    posterior=config.data.posterior,
+    empty_cond=empty_cond,
+    sequential=config.train.sequential,
+  )
+  if config.task == 'denoise':
+    return denoise.make_task(
+      inputs=inputs, params=params, min_snr_gamma=config.denoise.min_snr_gamma
+    )
+  return preference.make_task(
+    inputs=inputs,
+    params=params,
+    objective=functools.partial(
+      limits.OBJECTIVES[config.objective.name], **config.objective.numbers
+    ),
+    reward_beta=config.objective.reward_beta,
+    compute_errs=reference.choose(config.model.ref_path, config.model.dtype),
+    ref_dtype=config.model.ref_dtype,
+    param_dtype=jnp.dtype(config.model.param_dtype),
+    stack_layers=stack_layers,
+  )
+
+
+def make_classify(
+  config: ml_collections.ConfigDict,
+  style_names: Sequence[str],
+  mesh: jax.sharding.Mesh,
+) -> task_lib.Task:
+  """The task of a classifier of styles, as make_task."""
+  settings = classifier.ImageClassifierConfig(
+    classes=tuple(style_names),
+    widths=tuple(config.classifier.widths),
+    palette=tuple(config.classifier.palette),
+    image_size=config.data.resolution,
+  )
+  module = classifier.ImageClassifier(settings)
+  side = config.data.resolution
+  params = jax.jit(module.init)(
+    jax.random.key(config.seed), jnp.zeros((1, side, side, 3))
+  )['params']
+  task = classify.make_task(
+    classifier=module,
+    params=params,
+    noise=config.classifier.noise,
+    gain=config.classifier.gain,
+    blur=config.classifier.blur,
+    shift=config.classifier.shift,
+  )
+  return _over(mesh, task)
+
+
+def _over(mesh, task):
+  """The task with its networks' activations split over the mesh."""
+  return dataclasses.replace(
+    task,
+    loss=sharding.over(mesh, task.loss),
+    evaluators={
+      name: sharding.over(mesh, fn) for name, fn in task.evaluators.items()
+    },
+  )
+
+
+def make_optimizer(
+  config: ml_collections.ConfigDict,
+) -> tuple[optax.GradientTransformation, Callable[[int], float]]:
+  """(optimizer, schedule of its rate)."""
+  schedule = optimizer_lib.make_schedule(
+    name=config.optim.schedule,
+    learning_rate=config.optim.lr,
+    warmup_steps=config.optim.warmup_steps,
+    num_steps=config.optim.decay_steps or config.train.num_steps,
+  )
+  optimizer = optimizer_lib.make_optimizer(
+    name=config.optim.name,
+    schedule=schedule,
+    b1=config.optim.b1,
+    b2=config.optim.b2,
+    eps=config.optim.eps,
+    weight_decay=config.optim.weight_decay,
+    clip_norm=config.optim.clip_norm,
+    mu_dtype=config.optim.mu_dtype,
+    parameter_scale=config.optim.parameter_scale,
+    offload=config.optim.offload,
+  )
+  return optimizer, schedule
+
+
+def make_mesh(
+  config: ml_collections.ConfigDict,
+  devices: Sequence[jax.Device] | None = None,
+) -> jax.sharding.Mesh:
+  """The mesh, once the batch size is known to fit it.
+
+  Raises ValueError naming the size that does not.
+  """
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  ways = sharding.batch_ways(mesh)
+  sharding.check_batch_size(
+    config.train.batch_size, config.train.accumulate, ways
+  )
+  return mesh
