@@ -61,6 +61,12 @@ def test_bounds_by_hand():
   assert record['collectives']['all-gather']['largest'] == GB
 
 
+def test_a_step_takes_no_less_than_its_longest_bound():
+  plan = _plan(peak=GB)
+  slow = dataclasses.replace(plan, bounds=plan.bounds | {'links': 3.0})
+  assert slow.usual_seconds == slow.step_seconds == 3.0
+
+
 def test_slices_talk_over_the_slower_network():
   plan = _plan(peak=GB)
   slow = estimate._bounds(

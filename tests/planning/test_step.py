@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from configs import quickstart
-from dpo_jax import from_config, loading
-from dpo_jax.planning import shapes, step
+from dpo_jax import from_config, loading, sharding
+from dpo_jax.planning import chips, estimate, shapes, step
+from dpo_jax.train import state as state_lib
 
 
 @pytest.fixture
@@ -86,3 +88,63 @@ def test_what_has_no_plan_is_refused(config):
   config.data.resolution = 33
   with pytest.raises(ValueError, match="multiple of the VAE's downscale"):
     _problem(config)
+
+
+def _by_hand(step_fn):
+  """A problem of four devices: 1024 weights halved, 2048 numbers a device."""
+  mesh = sharding.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+  spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('fsdp'))
+  whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+  optimizer = optax.adam(1e-3)
+  state = jax.eval_shape(
+    lambda: state_lib.init_state(
+      {'unet': jnp.zeros(1024)}, optimizer, use_ema=False
+    )
+  )
+  places = jax.tree.map(lambda leaf: spread if leaf.ndim else whole, state)
+  frozen = {'ref': jax.ShapeDtypeStruct((1024,), jnp.bfloat16, sharding=spread)}
+  batch = {'x': jax.ShapeDtypeStruct((32, 256), jnp.float32, sharding=rows)}
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+  arguments = (step._placed(state, places), frozen, batch, key)
+  return step.Problem(mesh, step_fn, arguments, (places, whole), step_fn)
+
+
+def test_memory_by_hand(config):
+  def step_fn(state, frozen, batch, key):
+    weights = state.params['unet'].reshape(32, 32)
+    tall = jnp.repeat(weights @ weights, 8, axis=0)
+    return state.replace(params={'unet': state.params['unet'] + 1}), tall
+
+  problem = _by_hand(step_fn)
+  plan = estimate.make_plan(config, chips.parse_topology('v5e:2x2'), problem)
+  sizes = plan.bytes_per_device
+  assert sizes['parameters'] == 2048
+  # Two moments and a counter.
+  assert sizes['optimizer'] == 2 * 2048 + 4
+  assert sizes['frozen'] == 1024 and sizes['batch'] == 8 * 256 * 4
+  assert sizes['ema'] == 0
+  # The new state is in the place of the old one, the other result is not.
+  tall, given = 256 * 32 * 4, plan.compiled.argument
+  rest = sizes['peak'] - given - sizes['activations']
+  assert tall <= rest < tall + 2048
+  assert plan.flops == 2 * 32**3
+  assert plan.bounds['arithmetic'] == pytest.approx(2 * 32**3 / 4 / 197e12)
+
+
+def test_memory_that_the_compiler_refuses_is_read_from_its_message():
+  def step_fn(state, frozen, batch, key):
+    raise jax.errors.JaxRuntimeError(
+      'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G '
+      'of 15.75G hbm. Exceeded hbm capacity by 1.75G.'
+    )
+
+  compiled = step.compile_step(_by_hand(step_fn))
+  assert compiled.peak == int(17.5 * 2**30) and compiled.collectives is None
+  assert compiled.argument + compiled.temporary == compiled.peak
+
+  def broken(state, frozen, batch, key):
+    raise jax.errors.JaxRuntimeError('INTERNAL: something else')
+
+  with pytest.raises(jax.errors.JaxRuntimeError, match='something else'):
+    step.compile_step(_by_hand(broken))
