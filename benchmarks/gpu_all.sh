@@ -13,6 +13,7 @@
 #            there is no GPU: SIZES="tiny tiny_xl" (default: sd15 sdxl)
 #   PAIRS    pairs a step of the two (default: "16 8")
 #   SECONDS_EACH   seconds of timed steps of each program (default: 8)
+#   COMPILE  PyTorch's torch.compile mode, or none (default: default)
 #   PATIENCE factor on the time that each part may take, for a machine that
 #            compiles slowly; LIMIT stays (default: 1)
 #   STEPS    steps of the loss curves of part check (default: 200)
@@ -61,7 +62,8 @@ pair() {
   run "$1_ours" "$4" "$PYTHON" -m benchmarks.step_time "--size=$1" \
     "--pairs=$2" "--remat=$3" "--seconds=$EACH" "--json=$OUT/$1_ours.json"
   run "$1_torch" "$4" "$PYTHON" -m benchmarks.peer_torch "--size=$1" \
-    "--pairs=$2" "--remat=$3" "--seconds=$EACH" "--json=$OUT/$1_torch.json"
+    "--pairs=$2" "--remat=$3" "--seconds=$EACH" "--json=$OUT/$1_torch.json" \
+    "--compile=${COMPILE:-default}"
 }
 
 "$PYTHON" -c 'import jax; print("jax", jax.__version__, jax.devices())'

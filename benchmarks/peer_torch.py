@@ -158,14 +158,15 @@ def measure(values: argparse.Namespace) -> dict[str, Any]:
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
   kind = torch.cuda.get_device_name() if device == 'cuda' else 'cpu'
   step, inputs = prepare(values, device)
-  seconds, losses, noise, began = [], [], None, None
+  seconds, used, losses, noise, began = [], [], [], None, None
   for i in range(MAX_STEPS + 3):
-    started = time.perf_counter()
+    started, used_before = time.perf_counter(), time.process_time()
     loss, margins = step(inputs)
     losses.append(float(loss))
     if device == 'cuda':
       torch.cuda.synchronize()
     seconds.append(time.perf_counter() - started)
+    used.append(time.process_time() - used_before)
     noise = float(margins.std()) if i == 0 else noise
     began = time.perf_counter() if i == 2 else began
     if i >= 4 and time.perf_counter() - began > values.seconds:
@@ -182,10 +183,11 @@ def measure(values: argparse.Namespace) -> dict[str, Any]:
     'pairs_per_second': values.pairs / median,
     'step_ms': median * 1e3,
     'seconds': seconds[3:],
+    'processor_seconds': used[3:],
     'tflops': rate / 1e12,
     'mfu': None if peak is None else rate / peak,
     'peak_gib': _peak_gib(device),
-    'compile_seconds': sum(seconds[:3]) - 3 * median,
+    'compile_seconds': max(0.0, sum(seconds[:3]) - 3 * median),
     'margin_noise': noise,
     'losses': losses,
   }

@@ -51,6 +51,7 @@ class Timing:
 
   compile_seconds: float
   seconds: list[float]
+  processor_seconds: list[float]
   losses: list[float]
   margin_noise: float
   planned_bytes: int
@@ -125,13 +126,14 @@ def time_step(
   started = time.perf_counter()
   compiled = step.lower(state, frozen, batch, key).compile()
   compile_seconds = time.perf_counter() - started
-  seconds, losses, noise = [], [], float('nan')
+  seconds, used, losses, noise = [], [], [], float('nan')
   began = time.perf_counter()
   for i in range(steps + 2):
-    started = time.perf_counter()
+    started, used_before = time.perf_counter(), time.process_time()
     state, metrics = compiled(state, frozen, batch, key)
     jax.block_until_ready((state, metrics))
     seconds.append(time.perf_counter() - started)
+    used.append(time.process_time() - used_before)
     losses.append(float(metrics['loss']))
     if i == 0 and 'margin_noise/sd' in metrics:
       noise = float(metrics['margin_noise/sd'])
@@ -142,6 +144,7 @@ def time_step(
   return Timing(
     compile_seconds=compile_seconds,
     seconds=seconds[2:],
+    processor_seconds=used[2:],
     losses=losses,
     margin_noise=noise,
     planned_bytes=_planned_bytes(compiled),
@@ -292,6 +295,7 @@ def time_size(values: argparse.Namespace) -> dict[str, Any]:
     'pairs_per_second': values.pairs / timing.median,
     'step_ms': timing.median * 1e3,
     'seconds': timing.seconds,
+    'processor_seconds': timing.processor_seconds,
     'tflops': rate / 1e12,
     'mfu': mfu,
     'peak_gib': timing.peak_bytes / 2**30,

@@ -79,6 +79,7 @@ def test_the_ratio_is_that_of_the_medians_of_all_rounds():
   def record(*seconds):
     return {
       'seconds': list(seconds),
+      'processor_seconds': [4 * second for second in seconds],
       'peak_gib': 1.5,
       'compile_seconds': 3.0,
       'version': 'x',
@@ -90,5 +91,5 @@ def test_the_ratio_is_that_of_the_medians_of_all_rounds():
       'ours': [record(2.0), record(1.6), record(1.0)],
     }
   )
-  assert '3.200 s a step [3.000, 9.000], 3 steps, peak 1.5 GiB' in shown[0]
-  assert shown[-1] == 'ratio 2.00'
+  assert '3.200 s a step [3.000, 9.000], processor 12.800 s, 3' in shown[0]
+  assert shown[-1] == 'ratio 2.00, of processor time 2.00'

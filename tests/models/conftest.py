@@ -5,7 +5,7 @@ import pytest
 from dpo_jax.weights import diffusers_maps
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def random_params():
   """(component name, config) -> parameters, all leaves random, none zero.
 
