@@ -50,9 +50,12 @@ def attend(
   Scores and softmax are float32 whatever the inputs are, which is what
   diffusers calls upcast_attention. Vaswani et al. 2017, equation 1.
 
-  backend: as `choose` returns it. What its kernel does not take (few or odd
+  backend: as `choose` returns it, or 'whole', which keeps all scores and is
+  for counting FLOPs. What its kernel does not take (few or odd
   tokens, wide heads) is computed by xla, with the same result to rounding.
   """
+  if backend == 'whole':
+    return attention_kernels.whole(q, k, v, is_causal=is_causal)
   if backend == 'xla' or is_causal:
     return attention_kernels.xla(q, k, v, is_causal=is_causal)
   return attention_kernels.run(backend, q, k, v)

@@ -29,6 +29,11 @@ _MIN_TOKENS = 1024
 _SPLASH_BLOCKS = (1024, 512, 256, 128)
 
 
+def whole(q: Queries, k: Keys, v: Keys, *, is_causal: bool = False) -> Queries:
+  """Two products and a softmax, all scores at once."""
+  return _rows(q, k, v, 0, is_causal)
+
+
 def xla(q: Queries, k: Keys, v: Keys, *, is_causal: bool = False) -> Queries:
   """Two products and a softmax; a run of queries at a time where long.
 
@@ -37,7 +42,7 @@ def xla(q: Queries, k: Keys, v: Keys, *, is_causal: bool = False) -> Queries:
   """
   queries, keys = q.shape[1], k.shape[1]
   if queries * keys <= MAX_SCORES:
-    return _rows(q, k, v, 0, is_causal)
+    return whole(q, k, v, is_causal=is_causal)
   size = max(1, MAX_SCORES // keys)
   count = -(-queries // size)
   # Queries of zeros at the end; what they give is cut off.

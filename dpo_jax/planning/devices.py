@@ -58,9 +58,12 @@ def prepare(topology: chips.Topology) -> None:
     os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
   else:
     os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
-    # There is no GPU to try kernels on.
+    # There is no GPU to try kernels on; and Triton's products, untried, have
+    # no tiles for some sizes.
     flags = os.environ.get('XLA_FLAGS', '')
-    os.environ['XLA_FLAGS'] = f'{flags} --xla_gpu_autotune_level=0'
+    os.environ['XLA_FLAGS'] = (
+      f'{flags} --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false'
+    )
 
 
 def make(topology: chips.Topology, *, slices: int = 1) -> Sequence[jax.Device]:

@@ -129,9 +129,8 @@ def _without_extra_work(config):
   with plain.unlocked():
     plain.model.remat, plain.model.ref_path = 'none', 'separate'
     plain.train.sequential = False
-    if 'attention' in plain.model:
-      # Kernels compute softmax again, and are counted by their blocks.
-      plain.model.attention = 'xla'
+    # The others compute scores again, or are counted by their blocks.
+    plain.model.attention = 'whole'
   return plain
 
 
