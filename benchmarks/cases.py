@@ -285,6 +285,6 @@ def make_task(
     params={'unet': params},
     objective=functools.partial(dpo.dpo, beta=beta),
     reward_beta=beta,
-    compute_errs=compute_errs or reference.choose('auto', dtype),
+    compute_errs=compute_errs or reference.choose('auto', dtype, remat),
     **options,
   )

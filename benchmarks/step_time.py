@@ -242,8 +242,8 @@ def time_size(values: argparse.Namespace) -> dict[str, Any]:
     remat=values.remat,
     residual_dtype=values.residual_dtype,
     sequential=values.sequential,
-    compute_errs=reference.choose(values.ref_path, values.dtype),
-    ref_dtype=jnp.dtype(values.ref_dtype),
+    compute_errs=reference.choose(values.ref_path, values.dtype, values.remat),
+    ref_dtype=values.ref_dtype,
     param_dtype=jnp.dtype(values.param_dtype),
   )
   optimizer = optimizer_lib.make_optimizer(

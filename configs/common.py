@@ -50,8 +50,8 @@ def get_config() -> ml_collections.ConfigDict:
   # How the reference is computed beside the policy: loop (the same compiled
   # code makes both: equal weights, equal errors) | separate (two passes, which
   # XLA rounds apart in bfloat16: a margin of chance at beta 5000) | revalued
-  # (separate, and a third pass for the policy's value) | auto (loop for
-  # bfloat16, separate for float32).
+  # (separate, and a third pass for the policy's value) | auto (separate for
+  # float32 without remat, else loop).
   c.model.ref_path = 'auto'
   # What the reference is stored in: auto (kernels in the dtype of compute, the
   # same bits as from float32) | float32 | bfloat16 | int8 | float8_e4m3fn.

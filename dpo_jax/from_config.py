@@ -95,7 +95,9 @@ def _make_task(config, model, params, empty_ids, empty_cond, stack_layers):
       limits.OBJECTIVES[config.objective.name], **config.objective.numbers
     ),
     reward_beta=config.objective.reward_beta,
-    compute_errs=reference.choose(config.model.ref_path, config.model.dtype),
+    compute_errs=reference.choose(
+      config.model.ref_path, config.model.dtype, config.model.remat
+    ),
     ref_dtype=config.model.ref_dtype,
     param_dtype=jnp.dtype(config.model.param_dtype),
     stack_layers=stack_layers,

@@ -111,8 +111,11 @@ def _wait_for_step(workdir, step, processes, logs):
 
 
 def _newest(workdir):
-  names = (path.name for path in (workdir / 'checkpoints').iterdir())
-  return max(int(name) for name in names if name.isdigit())
+  # A save that a kill has cut off has no manifest, and does not count.
+  whole = (workdir / 'checkpoints').glob('*/manifest.json')
+  return max(
+    int(path.parent.name) for path in whole if path.parent.name.isdigit()
+  )
 
 
 def _run_two(argv, folder):

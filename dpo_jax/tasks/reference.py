@@ -137,12 +137,13 @@ PATHS = {'loop': loop, 'separate': separate, 'revalued': revalued}
 CHOICES = ('auto', *PATHS)
 
 
-def choose(name: str, dtype: str) -> Path:
-  """The path of that name; 'auto' is `loop`, `separate` for float32 compute.
+def choose(name: str, dtype: str, remat: str) -> Path:
+  """The path of that name; 'auto' is `loop`, `separate` for plain float32.
 
   In float32 the separate passes agree to the last bits, and nothing moves
-  that was measured with them.
+  that was measured with them; but not where one of them is rematerialised,
+  which left margins of 4e-4 at beta 5000.
   """
   if name == 'auto':
-    return separate if dtype == 'float32' else loop
+    return separate if (dtype, remat) == ('float32', 'none') else loop
   return PATHS[name]

@@ -7,9 +7,9 @@ import parity
 import pytest
 import released
 
-from benchmarks import flops
 from dpo_jax import trees
 from dpo_jax.models import unet
+from dpo_jax.planning import flops
 
 TINY = dict(
   block_out_channels=(16, 32),

@@ -92,7 +92,7 @@ def test_advice_only_where_it_does_not_fit():
   assert _advise(config, peak=15 * GB) == []
   found = '\n'.join(_advise(config, peak=18 * GB, activations=14 * GB))
   words = ('remat=full', 'accumulate=512', 'fsdp=4', 'adafactor', 'sequential')
-  for word in (*words, 'ref_dtype=bfloat16', 'dtype=bfloat16', '--cached=true'):
+  for word in (*words, 'dtype=bfloat16', '--cached=true'):
     assert word in found
   config.model.remat, config.optim.name = 'full', 'adafactor'
   config.train.accumulate = 512

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import flops
 from dpo_jax import quantise
+from dpo_jax.planning import flops
 from dpo_jax.tasks import reference
 
 
@@ -131,6 +131,7 @@ def test_the_loop_without_gradient_carries_nothing():
 
 
 def test_auto_is_the_loop_where_rounding_shows():
-  assert reference.choose('auto', 'bfloat16') is reference.loop
-  assert reference.choose('auto', 'float32') is reference.separate
-  assert reference.choose('revalued', 'float32') is reference.revalued
+  assert reference.choose('auto', 'bfloat16', 'none') is reference.loop
+  assert reference.choose('auto', 'float32', 'none') is reference.separate
+  assert reference.choose('auto', 'float32', 'full') is reference.loop
+  assert reference.choose('revalued', 'float32', 'none') is reference.revalued
