@@ -109,6 +109,12 @@ def validate(config: ml_collections.ConfigDict) -> dict[str, Any]:
       problems.append(f'{key}={value!r}: must be at least {low}{top}')
   problems += _check_objective(config) + _check_sources(config)
   problems += _check_ignored(config)
+  eight_bits = config.model.ref_dtype in preference.EIGHT_BITS
+  if config.model.stack_layers == 'always' and eight_bits:
+    problems.append(
+      "model.stack_layers='always': not with a reference in eight bits "
+      f'(model.ref_dtype={config.model.ref_dtype}); leave it at auto'
+    )
   if config.train.checkpoint_every % config.train.log_every:
     problems.append(
       f'train.checkpoint_every={config.train.checkpoint_every}: must be a '

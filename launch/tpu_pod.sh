@@ -110,7 +110,7 @@ on_all() {
 }
 
 install() {
-  local archive=/tmp/dpo_jax-$name.tar.gz
+  local archive=${TMPDIR:-/tmp}/dpo_jax-$name.tar.gz
   [[ -z $setup ]] || on_all "$setup"
   # The files as they are here, changes included.
   run tar -czf "$archive" -C "$here/.." configs dpo_jax examples launch \

@@ -330,6 +330,10 @@ def _error(argv, capsys):
       ['train.sequential=True', 'is for task=preference'],
     ),
     (
+      {'model__stack_layers': 'always', 'model__ref_dtype': 'int8'},
+      ["model.stack_layers='always'", 'model.ref_dtype=int8'],
+    ),
+    (
       {'model__residual_dtype': 'float32'},
       ["model.residual_dtype='float32'", 'is for model.dtype=bfloat16'],
     ),

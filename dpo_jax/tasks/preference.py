@@ -13,7 +13,8 @@ from dpo_jax.tasks import inputs as inputs_lib
 from dpo_jax.tasks import reference
 
 STORED_DTYPES = ('float32', 'bfloat16')
-REF_DTYPES = ('auto', *STORED_DTYPES, *quantise.LARGEST)
+EIGHT_BITS = tuple(quantise.LARGEST)
+REF_DTYPES = ('auto', *STORED_DTYPES, *EIGHT_BITS)
 
 
 def make_task(
@@ -50,10 +51,9 @@ def make_task(
 
   Wallace et al., CVPR 2024, section 4 and eq. 14.
   """
-
   compute_dtype = inputs.model.unet.dtype
   stored = ref_dtype if ref_dtype == 'auto' else jnp.dtype(ref_dtype).name
-  in_eight_bits = stored in quantise.LARGEST
+  in_eight_bits = stored in EIGHT_BITS
   start = params['unet']
   if 'bfloat16' in (stored, jnp.dtype(param_dtype).name):
     start = trees.cast_floats(start, jnp.bfloat16)
@@ -88,18 +88,21 @@ def make_task(
   def evaluate(params, frozen, batch, key):
     return loss(params, frozen, batch, key, prompt_dropout=0.0)
 
-  if in_eight_bits:
-    ref = quantise.quantise_kernels(start, stored)
-  elif stored == 'auto':
-    ref = arrange(trees.cast_products(start, compute_dtype))
-  else:
-    ref = arrange(trees.cast_floats(start, jnp.dtype(stored)))
   return task_lib.Task(
     params={'unet': trees.cast_floats(start, param_dtype)},
     frozen={
-      'ref': ref,
+      'ref': arrange(_store(start, stored, compute_dtype)),
       **{name: params[name] for name in inputs.networks},
     },
     loss=loss,
     evaluators={'pairs': evaluate},
   )
+
+
+def _store(tree, stored, compute_dtype):
+  """The reference's weights as make_task's `ref_dtype` says."""
+  if stored in EIGHT_BITS:
+    return quantise.quantise_kernels(tree, stored)
+  if stored == 'auto':
+    return trees.cast_products(tree, compute_dtype)
+  return trees.cast_floats(tree, jnp.dtype(stored))
