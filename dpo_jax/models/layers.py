@@ -117,7 +117,8 @@ class ResnetBlock2D(nn.Module):
 
   With `scale_shift` the time acts on the second norm's output y as
   y * (1 + scale) + shift (Dhariwal and Nichol 2021, section 3.1). The sum
-  at the end has the dtype of `x`.
+  at the end has the dtype of `x`. A `skip` is joined to `x` first, in here so
+  that who computes the block again need not keep both and what they make.
   """
 
   features: int
@@ -129,12 +130,17 @@ class ResnetBlock2D(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Features, temb: Float[Array, 'n e'] | None = None
+    self,
+    x: Features,
+    temb: Float[Array, 'n e'] | None = None,
+    skip: Features | None = None,
   ) -> Features:
     def norm(name):
       return group_norm(self.groups, self.eps, dtype=self.dtype, name=name)
 
     stream = x.dtype
+    if skip is not None:
+      x = jnp.concatenate([x, skip], axis=-1)
     h = jax.nn.silu(norm('norm1')(x))
     h = conv(self.features, dtype=self.dtype, name='conv1')(h)
     if temb is None:

@@ -1,6 +1,7 @@
 """The UNet's transformers: positions attend to each other and to the text."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float
 from dpo_jax import types
 from dpo_jax.models import attention, layers
 
+Target = TypeVar('Target', bound=Callable)
 # The epsilon of a transformer's own norm; not the option norm_eps.
 EPS = 1e-6
 REMAT = ('none', 'full', 'dots', 'names')
@@ -28,16 +30,20 @@ def _saves_products(primitive, *values, **params) -> bool:
   return save(primitive, *values, **params)
 
 
-def rematted(cls: type[nn.Module], remat: str) -> type[nn.Module]:
-  """`cls` that recomputes in its backward pass what `remat` says."""
+def rematted(target: Target, remat: str) -> Target:
+  """`target` that recomputes in its backward pass what `remat` says.
+
+  It is a module's class, or a function that takes a module first and makes
+  layers of it.
+  """
   if remat == 'none':
-    return cls
+    return target
   policies = {
     'full': None,
     'dots': _saves_products,
     'names': jax.checkpoint_policies.save_only_these_names(*NAMES),
   }
-  return nn.remat(cls, policy=policies[remat])
+  return nn.remat(target, policy=policies[remat])
 
 
 # The layers of a transformer as one: each leaf [depth, ...].
@@ -92,9 +98,12 @@ class Transformer2D(nn.Module):
         c, (1, 1), kernel_init=init, dtype=self.dtype, name=name
       )
 
+    def enter(_, x):
+      y = layers.group_norm(self.groups, EPS, dtype=self.dtype, name='norm')(x)
+      return project('proj_in', nn.linear.default_kernel_init)(y)
+
     layer = rematted(TransformerLayer, self.remat)
-    y = layers.group_norm(self.groups, EPS, dtype=self.dtype, name='norm')(x)
-    y = project('proj_in', nn.linear.default_kernel_init)(y)
+    y = rematted(enter, self.remat)(self, x)
     y = y.reshape(n, h * w, c).astype(x.dtype)
     settings = self.heads, self.dtype, self.backend
     if self.has_variable('params', STACKED):

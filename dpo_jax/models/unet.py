@@ -6,7 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from dpo_jax import types
-from dpo_jax.models import layers, unet_blocks, unet_config
+from dpo_jax.models import layers, transformer, unet_blocks, unet_config
 
 REMAT = unet_blocks.REMAT
 # Who needs the model needs its config; the blocks between them need it first.
@@ -17,7 +17,8 @@ class UNet2DConditionModel(nn.Module):
   """Predicts noise (or v) from noisy latents, timestep and text states.
 
   `remat` says what the backward pass computes again instead of keeping, of
-  each residual block and transformer layer: 'none'; 'full', everything (least
+  each residual block, transformer layer, upsampler, and of the norms and
+  projections beside them: 'none'; 'full', everything (least
   memory, a forward pass more); 'dots', all but convolutions and products
   with weights; 'names', all but what the transformer layers name. The numbers
   are the same. `residual_dtype` is that of the sums that run through the
@@ -85,12 +86,18 @@ class UNet2DConditionModel(nn.Module):
       block = unet_blocks.UpBlock(*settings, i, name=f'up_blocks_{i}')
       x = block(x, skips, temb, context)
 
-    x = layers.group_norm(
-      config.norm_num_groups, config.norm_eps, dtype=dtype, name='conv_norm_out'
-    )(x)
-    x = layers.conv(
-      config.out_channels, dtype=dtype, name='conv_out', zero_init=True
-    )(jax.nn.silu(x))
+    def leave(_, x):
+      x = layers.group_norm(
+        config.norm_num_groups,
+        config.norm_eps,
+        dtype=dtype,
+        name='conv_norm_out',
+      )(x)
+      return layers.conv(
+        config.out_channels, dtype=dtype, name='conv_out', zero_init=True
+      )(jax.nn.silu(x))
+
+    x = transformer.rematted(leave, self.remat)(self, x)
     return x.astype(jnp.float32)
 
   def _sinusoids(self, values, dim):

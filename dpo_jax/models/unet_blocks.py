@@ -1,6 +1,5 @@
 """The down, middle and up blocks of a UNet2DConditionModel."""
 
-import jax.numpy as jnp
 from flax import linen as nn
 
 from dpo_jax import types
@@ -97,11 +96,18 @@ class UpBlock(Block):
     has_attention = unet_config.UP_TYPES[config.up_block_types[i]]
     depths = config.reverse_transformer_layers_per_block[i]
     for j in range(config.layers_per_block[level] + 1):
-      x = jnp.concatenate([x, skips.pop()], axis=-1)
-      x = self.resnet(j, features)(x, temb)
+      x = self.resnet(j, features)(x, temb, skips.pop())
       if has_attention:
         x = self.transformer(j, level, depths[j])(x, context)
     if level > 0:
-      up = layers.Upsample2D(features, dtype=self.dtype, name='upsamplers_0')
-      x = up(x, skips[-1].shape[1:3]).astype(x.dtype)
+      x = self._upsample(x, skips[-1].shape[1:3]).astype(x.dtype)
     return x
+
+  def _upsample(self, x, size):
+    def up(_, x):
+      return layers.Upsample2D(
+        x.shape[-1], dtype=self.dtype, name='upsamplers_0'
+      )(x, size)
+
+    # Its convolution's input is four times what it is made of.
+    return transformer.rematted(up, self.remat)(self, x)

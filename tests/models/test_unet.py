@@ -203,6 +203,33 @@ def test_each_remat_policy_computes_less_again_than_the_next(rematted):
   assert counts['full'] < 4 / 3 * counts['none']
 
 
+def test_full_remat_keeps_what_runs_from_block_to_block_and_no_more(
+  random_params,
+):
+  config = unet.UNetConfig(**TINY)
+  params, inputs = random_params('unet', config), _inputs(config)
+  model = unet.UNet2DConditionModel(config, remat='full')
+  _, pullback = jax.vjp(
+    lambda params: model.apply({'params': params}, *inputs), params
+  )
+  n, h, w, channels = inputs[0].shape
+  # Kernels are 1 or 3 high.
+  assert n == 2
+  shapes = [leaf.shape for leaf in jax.tree.leaves(pullback)]
+  kept = {shape for shape in shapes if len(shape) > 3 and shape[0] == n}
+  widths = config.block_out_channels
+  allowed = {(n, h, w, channels), (n, h, w, widths[0])}
+  for i, width in enumerate(widths):
+    allowed |= {(n, h >> i, w >> i, width)}
+    # What a level is given by the one above it.
+    allowed |= {(n, h >> i, w >> i, widths[max(i - 1, 0)])}
+  up = (n, h, w, widths[1])
+  # No parts of norms, and no skips joined to what they meet.
+  assert kept <= allowed | {up}, kept - allowed
+  # What the upsampler's convolution makes, not what it takes.
+  assert shapes.count(up) == 1
+
+
 def test_a_float32_stream_is_nearer_to_float32(random_params):
   config = unet.UNetConfig(**TINY)
   params, inputs = random_params('unet', config), _inputs(config)
