@@ -1,10 +1,7 @@
-"""Runs whose folder is in a bucket: one in memory, and an emulated service."""
+"""Runs whose folder is in a bucket, one in memory."""
 
 import json
 import os
-import pathlib
-import socket
-import subprocess
 import sys
 
 import pytest
@@ -15,7 +12,6 @@ from dpo_jax import folders
 from dpo_jax.tools import export
 from dpo_jax.train import lock, manifest, metrics, workdir
 
-ROOT = pathlib.Path(__file__).parents[2]
 RUN = 'gs://bucket/run'
 
 
@@ -184,96 +180,3 @@ def test_manifests_are_written_and_compared(bucket):
   assert manifest.find_damage(bucket / '3', 3) == ''
   (bucket / '3' / 'state' / 'd').write_bytes(b'124')
   assert 'state/d has another SHA-256' in manifest.find_damage(bucket / '3', 3)
-
-
-SERVICE = """
-import sys
-from gcp_storage_emulator import server
-server.create_server(
-  '127.0.0.1', int(sys.argv[1]), in_memory=True, default_bucket='bucket'
-).run()
-"""
-# orbax's arrays go to the bucket by tensorstore, the rest by gcsfs.
-SAVE = """
-import jax.numpy as jnp
-from dpo_jax import trees
-from dpo_jax.train import checkpoint, state
-import optax
-def make(step):
-  made = state.init_state({'w': jnp.arange(9.) + step}, optax.sgd(1), use_ema=1)
-  return made.replace(step=jnp.int32(step))
-def open_run():
-  return checkpoint.Checkpointer('gs://bucket/run', every=1, keep=2)
-"""
-STEPS = """
-saver = open_run()
-for step in (1, 2, 3):
-  saver.save(step, make(step), {'position': step})
-saver.close()
-"""
-RESTORE = """
-from etils import epath
-folder = epath.Path('gs://bucket/run/checkpoints')
-for step in (3, 2):
-  saver = open_run()
-  found, record = saver.restore(make(0))
-  saver.close()
-  assert record == {'position': step}, record
-  assert trees.digest(found) == trees.digest(make(step))
-  data = folder / str(step) / 'state' / '_METADATA'
-  data.write_bytes(data.read_bytes()[:-1])
-  if step == 2:
-    break
-print(*sorted(path.name for path in folder.iterdir()))
-"""
-
-
-@pytest.fixture(scope='module')
-def service(tmp_path_factory):
-  """Environment of processes for which gs:// is an emulated service."""
-  for name in ('gcsfs', 'gcp_storage_emulator'):
-    pytest.importorskip(name)
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    port = probe.getsockname()[1]
-  with (tmp_path_factory.mktemp('service') / 'log').open('w') as log:
-    server = subprocess.Popen(
-      [sys.executable, '-c', SERVICE, str(port)], stderr=log
-    )
-  url = f'http://127.0.0.1:{port}'
-  yield os.environ | {
-    'STORAGE_EMULATOR_HOST': url,
-    'TENSORSTORE_GCS_HTTP_URL': url,
-    # Neither looks for an account.
-    'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',
-    'NO_GCE_CHECK': 'true',
-    'PYTHONPATH': os.pathsep.join(
-      [str(ROOT), os.environ.get('PYTHONPATH', '')]
-    ),
-  }
-  server.kill()
-  server.wait()
-
-
-def _python(service, folder, *words):
-  done = subprocess.run(
-    [sys.executable, *words],
-    env=service,
-    cwd=folder,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-  return done.stdout, done.stderr
-
-
-# The emulator knows no generations, which larger trees need: a small one.
-@pytest.mark.slow
-def test_checkpoints_in_an_emulated_bucket(service, tmp_path):
-  _python(service, tmp_path, '-c', SAVE + STEPS)
-  # Another process, which has nothing in memory, sees the same.
-  said, error = _python(service, tmp_path, '-c', SAVE + RESTORE)
-  assert said.split() == ['2', '3.damaged']
-  assert 'step 3 is damaged (state/_METADATA has' in error
-  assert not list(tmp_path.iterdir())
