@@ -14,208 +14,268 @@ def get_config() -> ml_collections.ConfigDict:
   c.task = 'preference'
   # Order of the data, noise, timesteps, dropout and sampling follow from it.
   c.seed = 0
+  c.model = _model()
+  c.data = _data()
+  c.noise = _noise()
+  c.objective = _objective()
+  c.denoise = _denoise()
+  c.vae = _vae()
+  c.classifier = _classifier()
+  c.optim = _optim()
+  c.train = _train()
+  c.mesh = _mesh()
+  c.eval = _eval()
+  c.export = _export()
+  c.lock()
+  return c
 
-  c.model = ml_collections.ConfigDict()
+
+def _model():
+  """What is trained, and how it is computed and kept."""
+  c = ml_collections.ConfigDict()
   # The policy's start and the reference: a folder in the diffusers layout, a
   # gs:// path to one, a hub id (org/name), or an original single file.
-  c.model.folder = ''
+  c.folder = ''
   # Of a hub id: branch, tag or commit; the commit is recorded.
-  c.model.revision = ''
+  c.revision = ''
   # '' takes full precision where there is some; 'fp16' the half-size files.
-  c.model.variant = ''
+  c.variant = ''
   # Of a single file: a diffusers folder of the same architecture (without
   # weights will do), or a folder with CLIP's tokenizer.
-  c.model.configs = ''
+  c.configs = ''
   # With the latter, for SD 2.x, which of the two it is: epsilon (512 pixels)
   # or v_prediction (768 pixels); nothing in the file tells.
-  c.model.prediction_type = ''
+  c.prediction_type = ''
   # Components that start from random weights: unet, vae, text_encoder.
-  c.model.random_init = ()
+  c.random_init = ()
   # Dtype of compute, float32 | bfloat16; errors, the statistics of norms,
   # softmax, schedule and loss are float32 whatever it is.
-  c.model.dtype = 'float32'
+  c.dtype = 'float32'
   # With bfloat16: dtype of the sums beside the blocks, '' (bfloat16 as well) or
   # float32, which takes more memory.
-  c.model.residual_dtype = ''
+  c.residual_dtype = ''
   # The UNet's attention: auto (splash on TPU, cudnn on GPU with bfloat16, xla
   # elsewhere) | xla | cudnn | splash.
-  c.model.attention = 'auto'
+  c.attention = 'auto'
   # Loop over the layers of a deep transformer (SDXL) in the compiled program
   # too, which makes it much smaller: auto (on accelerators) | always | never.
-  c.model.stack_layers = 'auto'
+  c.stack_layers = 'auto'
   # What the backward pass of a block computes again to save memory: none |
   # full (all, a forward pass more) | dots (all but convolutions and products
   # with weights) | names (all but the attentions' sums and the widest product).
-  c.model.remat = 'none'
+  c.remat = 'none'
   # How the reference is computed beside the policy: loop (the same compiled
   # code makes both: equal weights, equal errors) | separate (two passes, which
   # XLA rounds apart in bfloat16: a margin of chance at beta 5000) | revalued
   # (separate, and a third pass for the policy's value) | auto (separate for
   # float32 without remat, else loop).
-  c.model.ref_path = 'auto'
+  c.ref_path = 'auto'
   # What the reference is stored in: auto (kernels in the dtype of compute, the
   # same bits as from float32) | float32 | bfloat16 | int8 | float8_e4m3fn.
   # With bfloat16 and compute in float32 the policy starts from the weights
   # rounded alike, so that both start equal. In eight bits (a byte a weight less
   # than bfloat16) they do not: at beta 5000 the first margins are then mostly
   # rounding.
-  c.model.ref_dtype = 'auto'
+  c.ref_dtype = 'auto'
   # What the policy's own weights are stored in, float32 | bfloat16 (updates
   # are then rounded up or down at random, and both start from rounded weights).
-  c.model.param_dtype = 'float32'
+  c.param_dtype = 'float32'
+  return c
 
-  c.data = ml_collections.ConfigDict()
+
+def _data():
+  """Where the pairs come from, and what becomes of them."""
+  c = ml_collections.ConfigDict()
   # Folders of dpo_jax.tools.prepare, separated by commas; or, for small data,
   # parquet files in Pick-a-Pic's schema: a file, a folder or a glob.
-  c.data.path = ''
+  c.path = ''
   # Of several folders the weights in the mixture; () is their sizes.
-  c.data.weights = ()
+  c.weights = ()
   # Share of the captions (by a hash of the caption) kept for evaluation.
-  c.data.holdout = 0.02
+  c.holdout = 0.02
   # Prepared folders to evaluate on instead (the validation split, say); what
   # has a caption of theirs is not trained on.
-  c.data.eval_path = ''
+  c.eval_path = ''
   # Train from the latents and text states of folders that have them (prepare
   # --model); False decodes and encodes pictures all the same.
-  c.data.use_cache = True
+  c.use_cache = True
   # Latents are a sample of the VAE's posterior, drawn afresh each epoch as in
   # the authors' code, or its mean.
-  c.data.posterior = 'sample'
+  c.posterior = 'sample'
   # Side of the square training images, pixels.
-  c.data.resolution = 512
+  c.resolution = 512
   # Random or centre crop, and horizontal flips: the same for both images.
-  c.data.random_crop = True
-  c.data.flip = False
+  c.random_crop = True
+  c.flip = False
   # Probability that a pair loses its caption (Wallace et al. use 0.2).
-  c.data.prompt_dropout = 0.2
+  c.prompt_dropout = 0.2
   # What a lost caption becomes: empty (the encoding of '') or zeros (what
   # diffusers' SDXL pipelines use as the unconditional branch).
-  c.data.dropped_prompt = 'empty'
+  c.dropped_prompt = 'empty'
   # SDXL's sizes: constant (the resolution, no crop, as in the authors' code)
   # or true_size (each image's own size and crop).
-  c.data.micro_cond = 'constant'
+  c.micro_cond = 'constant'
+  return c
 
-  c.noise = ml_collections.ConfigDict()
+
+def _noise():
+  """The timesteps."""
+  c = ml_collections.ConfigDict()
   # Timesteps to train on: [t_min, t_max), t_max 0 being all; or these only.
-  c.noise.t_min = 0
-  c.noise.t_max = 0
-  c.noise.timesteps = ()
+  c.t_min = 0
+  c.t_max = 0
+  c.timesteps = ()
   # Rescale the schedule so that its last step is pure noise (SDXL-Turbo).
-  c.noise.zero_terminal_snr = False
+  c.zero_terminal_snr = False
+  return c
 
-  c.objective = ml_collections.ConfigDict()
+
+def _objective():
+  """The loss of a pair."""
+  c = ml_collections.ConfigDict()
   # dpo | sft, with that function's numbers by name.
-  c.objective.name = 'dpo'
-  c.objective.numbers = ml_collections.ConfigDict({'beta': 5000.0})
+  c.name = 'dpo'
+  c.numbers = ml_collections.ConfigDict({'beta': 5000.0})
   # Scale of the logged implicit rewards; for dpo keep it equal to beta.
-  c.objective.reward_beta = 5000.0
+  c.reward_beta = 5000.0
+  return c
 
-  c.denoise = ml_collections.ConfigDict()
+
+def _denoise():
+  """Of task denoise."""
+  c = ml_collections.ConfigDict()
   # Task denoise: Min-SNR weighting of timesteps, 5 in its paper; 0 is off.
-  c.denoise.min_snr_gamma = 0.0
+  c.min_snr_gamma = 0.0
+  return c
 
-  c.vae = ml_collections.ConfigDict()
+
+def _vae():
+  """Of task autoencode."""
+  c = ml_collections.ConfigDict()
   # Task autoencode: weight of the KL term, in nats a picture.
-  c.vae.kl_weight = 1e-6
+  c.kl_weight = 1e-6
+  return c
 
-  c.classifier = ml_collections.ConfigDict()
+
+def _classifier():
+  """Of task classify."""
+  c = ml_collections.ConfigDict()
   # Task classify: channels of the convolutional and of the colour branch.
-  c.classifier.widths = (16, 32, 64)
-  c.classifier.palette = ()
+  c.widths = (16, 32, 64)
+  c.palette = ()
   # Its augmentation: noise and gain in [-1, 1] units, share of a box blur,
   # shift in pixels, each at most.
-  c.classifier.noise = 0.1
-  c.classifier.gain = 0.1
-  c.classifier.blur = 0.8
-  c.classifier.shift = 3
+  c.noise = 0.1
+  c.gain = 0.1
+  c.blur = 0.8
+  c.shift = 3
+  return c
 
-  c.optim = ml_collections.ConfigDict()
+
+def _optim():
+  """The optimizer."""
+  c = ml_collections.ConfigDict()
   # adamw | adafactor.
-  c.optim.name = 'adamw'
+  c.name = 'adamw'
   # Peak learning rate: the authors' launchers use 1e-8 a pair of the batch.
-  c.optim.lr = 2.048e-5
+  c.lr = 2.048e-5
   # constant | linear | cosine, after a linear warmup of so many steps.
-  c.optim.schedule = 'constant'
-  c.optim.warmup_steps = 500
+  c.schedule = 'constant'
+  c.warmup_steps = 500
   # Length of the decay in steps, warmup included; 0 is train.num_steps.
-  c.optim.decay_steps = 0
-  c.optim.b1 = 0.9
-  c.optim.b2 = 0.999
-  c.optim.eps = 1e-8
+  c.decay_steps = 0
+  c.b1 = 0.9
+  c.b2 = 0.999
+  c.eps = 1e-8
   # AdamW's first moment: float32 | bfloat16 (2 bytes a weight less).
-  c.optim.mu_dtype = 'float32'
+  c.mu_dtype = 'float32'
   # Adafactor's updates scaled by the weights' norms; the authors do without.
-  c.optim.parameter_scale = False
-  c.optim.weight_decay = 1e-2
+  c.parameter_scale = False
+  c.weight_decay = 1e-2
   # Global gradient norm; 0 is off.
-  c.optim.clip_norm = 1.0
+  c.clip_norm = 1.0
   # Keep the optimizer's state in the host's memory: 8 bytes a weight less on
   # the device with AdamW, for 16 that cross to it and back in every step.
-  c.optim.offload = False
+  c.offload = False
   # Decay of a running mean of the weights, which is then exported; 0 is off.
-  c.optim.ema_decay = 0.0
+  c.ema_decay = 0.0
+  return c
 
-  c.train = ml_collections.ConfigDict()
+
+def _train():
+  """The loop."""
+  c = ml_collections.ConfigDict()
   # Optimizer steps.
-  c.train.num_steps = 2000
+  c.num_steps = 2000
   # Pairs (or images) a step, over all devices and microbatches.
-  c.train.batch_size = 2048
+  c.batch_size = 2048
   # Microbatches a step, to fit into memory; the gradient is the same.
-  c.train.accumulate = 1
+  c.accumulate = 1
   # Winners, then losers, with nothing kept between: half the activations of a
   # pair for a forward pass more.
-  c.train.sequential = False
+  c.sequential = False
   # In steps. Checkpoints fall on log lines, so that a resumed log has no seam.
-  c.train.log_every = 10
-  c.train.eval_every = 250
-  c.train.checkpoint_every = 100
+  c.log_every = 10
+  c.eval_every = 250
+  c.checkpoint_every = 100
   # Newest checkpoints kept.
-  c.train.keep = 3
+  c.keep = 3
   # Where compiled programs are kept for a run that goes on: auto
   # (WORKDIR/compiled on an accelerator) | a folder or gs:// path | '' (not).
-  c.train.compile_cache = 'auto'
+  c.compile_cache = 'auto'
   # Trace so many steps from this one on with JAX's profiler, into
   # WORKDIR/profile; from 0 is off.
-  c.train.profile_from = 0
-  c.train.profile_steps = 5
+  c.profile_from = 0
+  c.profile_steps = 5
+  return c
 
-  c.mesh = ml_collections.ConfigDict()
+
+def _mesh():
+  """How the devices are laid out."""
+  c = ml_collections.ConfigDict()
   # Devices along each axis; -1 takes all that are left.
-  c.mesh.data = -1
+  c.data = -1
   # Shards parameters, optimizer state and EMA as well as the batch.
-  c.mesh.fsdp = 1
+  c.fsdp = 1
   # Splits attention and feed-forward layers: for where one pair a device is
   # still too much. Slower than fsdp.
-  c.mesh.tensor = 1
+  c.tensor = 1
   # Slices of a multi-slice TPU (or hosts joined by a slow network) that data
   # is spread over; a divisor of data. fsdp and tensor stay within a slice.
-  c.mesh.dcn_data = 1
+  c.dcn_data = 1
+  return c
 
-  c.eval = ml_collections.ConfigDict()
+
+def _eval():
+  """Measuring and sampling."""
+  c = ml_collections.ConfigDict()
   # Held-out captions to draw from at the end, and images for each.
-  c.eval.num_prompts = 200
-  c.eval.images_per_prompt = 1
+  c.num_prompts = 200
+  c.images_per_prompt = 1
   # ddim | ddpm | euler | euler_ancestral | dpmpp_2m, its steps, and
   # uncond + scale * (cond - uncond), 1.0 or less is off; the rescale (0 off)
   # tames the contrast of high scales.
-  c.eval.sampler = 'ddim'
-  c.eval.num_steps = 50
-  c.eval.guidance_scale = 7.5
-  c.eval.guidance_rescale = 0.0
+  c.sampler = 'ddim'
+  c.num_steps = 50
+  c.guidance_scale = 7.5
+  c.guidance_rescale = 0.0
   # Images (or pairs) at once.
-  c.eval.batch_size = 16
+  c.batch_size = 16
   # Held-out pairs to measure on, by the hash of their captions; 0 is all.
-  c.eval.num_pairs = 1024
+  c.num_pairs = 1024
   # Draws of noise and timestep a held-out pair, for the implicit accuracy.
-  c.eval.num_draws = 8
+  c.num_draws = 8
   # Folder of a style judge (task classify) and the class that should win.
-  c.eval.judge = ''
-  c.eval.preferred = ''
+  c.judge = ''
+  c.preferred = ''
   # Nearest picture among all real ones: only for small data sets.
-  c.eval.retrieval = False
+  c.retrieval = False
+  return c
 
-  c.export = ml_collections.ConfigDict()
+
+def _export():
+  """What a run leaves."""
+  c = ml_collections.ConfigDict()
   # float32 | float16 | bfloat16.
-  c.export.dtype = 'float32'
-  c.lock()
+  c.dtype = 'float32'
   return c
