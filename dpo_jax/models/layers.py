@@ -200,7 +200,11 @@ class Upsample2D(nn.Module):
   def __call__(
     self, x: Features, size: tuple[int, int] | None = None
   ) -> Features:
-    x = _nearest(x, size or (2 * x.shape[1], 2 * x.shape[2]))
+    # What the convolution takes is split as well: its weights' gradient, where
+    # this is computed again for it, gathered the whole batch otherwise.
+    x = sharding.split_batch(
+      _nearest(x, size or (2 * x.shape[1], 2 * x.shape[2]))
+    )
     return conv(self.features, dtype=self.dtype, name='conv')(x)
 
 
