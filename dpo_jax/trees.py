@@ -1,5 +1,6 @@
 """Helpers over pytrees: names of leaves, casts, norms and digests."""
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 
@@ -9,6 +10,43 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dpo_jax import types
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """One of two stacks of layers' weights, chosen a layer at a time.
+
+  Chosen as a whole, a third stack would be in memory.
+
+  Attributes:
+    second: [depth], for each layer whether it is the second stack's.
+    stacks: the two, each [depth ...].
+  """
+
+  second: jax.Array
+  stacks: tuple[jax.Array, jax.Array]
+
+
+def is_choice(node: types.PyTree) -> bool:
+  """Whether a node of a tree is a Choice; for jax.tree.map's is_leaf."""
+  return isinstance(node, Choice)
+
+
+def choose(tree: types.PyTree) -> types.PyTree:
+  """Every Choice, whole or one layer's part of it, becomes what is chosen."""
+
+  def take(node):
+    if not is_choice(node):
+      return node
+    first, second = node.stacks
+    # A layer's part has one bool; a stack's are broadcast from the left.
+    flag = node.second.reshape(
+      node.second.shape + (1,) * (first.ndim - node.second.ndim)
+    )
+    return jnp.where(flag, second, first)
+
+  return jax.tree.map(take, tree, is_leaf=is_choice)
 
 
 def leaf_name(path: tuple) -> str:

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dpo_jax import types
+from dpo_jax import trees, types
 from dpo_jax.models import attention, layers
 
 Target = TypeVar('Target', bound=Callable)
@@ -36,16 +36,14 @@ def rematted(target: Target, remat: str) -> Target:
   It is a module's class, or a function that takes a module first and makes
   layers of it.
   """
-  if remat == 'none':
-    return target
-  policies = {
-    'full': None,
-    'dots': _saves_products,
-    'names': jax.checkpoint_policies.save_only_these_names(*NAMES),
-  }
-  return nn.remat(target, policy=policies[remat])
+  return target if remat == 'none' else nn.remat(target, policy=POLICIES[remat])
 
 
+POLICIES = {
+  'full': None,
+  'dots': _saves_products,
+  'names': jax.checkpoint_policies.save_only_these_names(*NAMES),
+}
 # The layers of a transformer as one: each leaf [depth, ...].
 STACKED = 'transformer_blocks'
 
@@ -102,22 +100,32 @@ class Transformer2D(nn.Module):
       y = layers.group_norm(self.groups, EPS, dtype=self.dtype, name='norm')(x)
       return project('proj_in', nn.linear.default_kernel_init)(y)
 
-    layer = rematted(TransformerLayer, self.remat)
     y = rematted(enter, self.remat)(self, x)
     y = y.reshape(n, h * w, c).astype(x.dtype)
     settings = self.heads, self.dtype, self.backend
     if self.has_variable('params', STACKED):
-      each = layer(*settings, parent=None)
-
-      def apply(y, params):
-        return each.apply({'params': params}, y, context), None
-
-      y, _ = jax.lax.scan(apply, y, self.get_variable('params', STACKED))
+      y = self._loop(y, context, TransformerLayer(*settings, parent=None))
     else:
+      layer = rematted(TransformerLayer, self.remat)
       for i in range(self.depth):
         y = layer(*settings, name=f'{STACKED}_{i}')(y, context)
     y = y.reshape(n, h, w, c)
     return x + project('proj_out', nn.initializers.zeros)(y)
+
+  def _loop(self, y, context, layer):
+    stack = self.get_variable('params', STACKED)
+
+    def apply(y, params):
+      return layer.apply({'params': trees.choose(params)}, y, context), None
+
+    if self.remat == 'none':
+      # What a layer chose would be kept for the backward pass of each.
+      stack = trees.choose(stack)
+    else:
+      policy = POLICIES[self.remat]
+      apply = jax.checkpoint(apply, policy=policy, prevent_cse=False)
+    y, _ = jax.lax.scan(apply, y, stack)
+    return y
 
 
 class TransformerLayer(nn.Module):

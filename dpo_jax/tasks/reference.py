@@ -6,13 +6,15 @@ alone makes a margin where policy and reference are equal (RESULTS.md, margin
 noise). The paths here differ in whether that happens, and in what they cost.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpo_jax import types
+from dpo_jax import trees, types
+from dpo_jax.models import transformer
 
 # (params, inputs) -> errors [b p].
 ErrFn = Callable[[types.Params, types.PyTree], Float[Array, 'b p']]
@@ -72,7 +74,9 @@ def loop(
   def forward(policy, ref, inputs):
     def run(is_ref):
       params = _select(is_ref, policy, ref)
-      err, pullback = jax.vjp(lambda params: err_fn(params, inputs), params)
+      err, pullback = jax.vjp(
+        lambda own: err_fn(_with_own(params, own), inputs), _own(params)
+      )
       return residuals_of.take(pullback, params), err
 
     shapes, _ = jax.eval_shape(run, jax.ShapeDtypeStruct((), bool))
@@ -80,7 +84,7 @@ def loop(
     residuals, (ref_err, policy_err) = jax.lax.scan(
       lambda _, is_ref: run(is_ref), empty, _ref_first()
     )
-    return (policy_err, ref_err), (residuals, policy)
+    return (policy_err, ref_err), (residuals, _select(False, policy, ref))
 
   def backward(saved, cotangents):
     pullback = residuals_of.put_back(*saved)
@@ -102,10 +106,34 @@ def _in_dtypes_of(policy, ref):
 
 
 def _select(is_ref, policy, ref):
+  """Weights of one of the two; stacked layers choose theirs one by one."""
+
+  def select(path, ours, theirs):
+    if transformer.STACKED in trees.leaf_name(path).split('/'):
+      flags = jnp.broadcast_to(is_ref, ours.shape[:1])
+      return trees.Choice(flags, (ours, theirs))
+    return ours if is_ref is False else jnp.where(is_ref, theirs, ours)
+
   ref = _in_dtypes_of(policy, ref)
+  return jax.tree_util.tree_map_with_path(select, policy, ref)
+
+
+def _own(params):
+  """The weights that are differentiated: the policy's of each choice."""
   return jax.tree.map(
-    lambda ours, theirs: jnp.where(is_ref, theirs, ours), policy, ref
+    lambda node: node.stacks[0] if trees.is_choice(node) else node,
+    params,
+    is_leaf=trees.is_choice,
   )
+
+
+def _with_own(params, own):
+  def put(node, leaf):
+    if not trees.is_choice(node):
+      return leaf
+    return dataclasses.replace(node, stacks=(leaf, node.stacks[1]))
+
+  return jax.tree.map(put, params, own, is_leaf=trees.is_choice)
 
 
 class _Residuals:

@@ -1,12 +1,14 @@
 """A UNet whose transformer layers are one array each, against the plain one."""
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dpo_jax import sharding
 from dpo_jax.models import transformer
+from dpo_jax.tasks import reference
 from dpo_jax.weights import diffusers_maps
 from tests import conftest
 
@@ -20,8 +22,8 @@ CONFIG = (
 )
 
 
-def _random(shapes):
-  rng = np.random.default_rng(0)
+def _random(shapes, seed=0):
+  rng = np.random.default_rng(seed)
   return jax.tree.map(
     lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32),
     shapes,
@@ -46,8 +48,8 @@ def test_only_deep_transformers_are_stacked():
   assert transformer.stack_layers(alone) == alone
 
 
-@pytest.mark.parametrize('remat', ['none', 'full', 'names'])
-def test_value_and_gradient_are_the_same(remat):
+def _make(remat, seed=0):
+  """(Three layers, their parameters, x, context)."""
   module = transformer.Transformer2D(
     heads=2,
     depth=3,
@@ -57,9 +59,13 @@ def test_value_and_gradient_are_the_same(remat):
     remat=remat,
   )
   x, context = _random([jnp.zeros((2, 4, 4, 16)), jnp.zeros((2, 7, 24))])
-  params = _random(
-    jax.eval_shape(module.init, jax.random.key(0), x, context)['params']
-  )
+  shapes = jax.eval_shape(module.init, jax.random.key(0), x, context)
+  return module, _random(shapes['params'], seed), x, context
+
+
+@pytest.mark.parametrize('remat', ['none', 'full', 'names'])
+def test_value_and_gradient_are_the_same(remat):
+  module, params, x, context = _make(remat)
 
   @jax.jit
   @jax.value_and_grad
@@ -79,6 +85,58 @@ def test_value_and_gradient_are_the_same(remat):
   ):
     # Float32 sums in another order.
     assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max() + 1e-7
+
+
+def _equations(jaxpr):
+  for equation in jaxpr.eqns:
+    yield equation
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
+      yield from _equations(inner)
+
+
+@pytest.mark.parametrize('remat', ['none', 'full', 'names'])
+def test_each_layer_chooses_between_policy_and_reference(remat):
+  module, policy, x, context = _make(remat)
+  ref = _make(remat, seed=1)[1]
+
+  def err(params, x):
+    out = module.apply({'params': params}, x, context)
+    return jnp.mean(jnp.square(out), axis=(1, 2))
+
+  def gradient(path):
+    def loss(policy, ref):
+      ours, theirs = path(err, policy, ref, x)
+      return jnp.sum(jnp.sin(ours - theirs)), (ours, theirs)
+
+    return jax.value_and_grad(loss, has_aux=True)
+
+  stacks = [transformer.stack_layers(params) for params in (policy, ref)]
+  found, grads = jax.jit(gradient(reference.loop))(*stacks)
+  wanted, plain = jax.jit(gradient(reference.separate))(policy, ref)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, wanted
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, atol=1e-5 * np.abs(b).max() + 1e-7
+    ),
+    grads,
+    transformer.stack_layers(plain),
+  )
+  # Equal weights give equal bits.
+  (_, errs), _ = jax.jit(gradient(reference.loop))(stacks[0], stacks[0])
+  np.testing.assert_array_equal(*errs)
+  # No third stack is made of the two, but where all is kept anyway.
+  kernel = stacks[0]['transformer_blocks']['ff']['net_0']['proj']['kernel']
+  whole = [
+    equation
+    for equation in _equations(
+      jax.make_jaxpr(gradient(reference.loop))(*stacks).jaxpr
+    )
+    if equation.primitive.name == 'select_n'
+    and equation.outvars[0].aval.shape == kernel.shape
+  ]
+  assert bool(whole) == (remat == 'none')
 
 
 def test_a_stacked_leaf_lies_as_its_layers_do():
