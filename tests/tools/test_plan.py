@@ -106,6 +106,7 @@ def test_a_tpu_gathers_weights_and_no_batch(bare_folder):
     '--cached=true',
     f'--config.model.folder={bare_folder}',
     '--config.model.dtype=bfloat16',
+    '--config.model.remat=full',
     '--config.train.batch_size=64',
     '--config.mesh.fsdp=4',
     '--config.data.resolution=64',
@@ -121,6 +122,18 @@ def test_a_tpu_gathers_weights_and_no_batch(bare_folder):
   assert 0 < collectives['all-gather']['largest'] <= 4 * largest
   assert 'all-to-all' not in collectives
   assert record['roofline_step_seconds'] > 0
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None, reason='needs libtpu'
+)
+def test_a_rematted_upsampler_gathers_weights_and_no_batch():
+  code, out, err = _run(['tests/tools/upsampler_on_tpu.py'])
+  assert code == 0, err
+  found = json.loads(out)
+  # A kernel of 3 x 3 x 64 x 64 in bfloat16.
+  assert 0 < found['all-gather']['largest'] <= 2 * 9 * 64 * 64
+  assert 'all-to-all' not in found
 
 
 @pytest.mark.parametrize(
