@@ -62,8 +62,12 @@ class Dense(nn.Dense):
 def group_norm(
   groups: int, eps: float, *, dtype: types.DTypeLike, name: str
 ) -> nn.GroupNorm:
-  """Group norm with float32 statistics, two passes as PyTorch does."""
-  return nn.GroupNorm(
+  """Group norm with float32 statistics, two passes as PyTorch does.
+
+  The backward pass computes it again from its input, which takes next to no
+  time, instead of keeping two float32 copies of it.
+  """
+  return nn.remat(nn.GroupNorm)(
     groups, epsilon=eps, use_fast_variance=False, dtype=dtype, name=name
   )
 

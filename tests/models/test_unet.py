@@ -8,7 +8,7 @@ import pytest
 import released
 
 from dpo_jax import trees
-from dpo_jax.models import unet
+from dpo_jax.models import layers, unet
 from dpo_jax.planning import flops
 
 TINY = dict(
@@ -228,6 +228,15 @@ def test_full_remat_keeps_what_runs_from_block_to_block_and_no_more(
   assert kept <= allowed | {up}, kept - allowed
   # What the upsampler's convolution makes, not what it takes.
   assert shapes.count(up) == 1
+
+
+def test_group_norms_keep_no_float32_copies():
+  norm = layers.group_norm(8, 1e-5, dtype=jnp.bfloat16, name=None)
+  x = jnp.ones((2, 4, 4, 16), jnp.bfloat16)
+  params = norm.init(jax.random.key(0), x)
+  _, pullback = jax.vjp(lambda x: norm.apply(params, x), x)
+  kept = [leaf for leaf in jax.tree.leaves(pullback) if leaf.size >= x.size]
+  assert [leaf.dtype for leaf in kept] == [jnp.bfloat16]
 
 
 def test_a_float32_stream_is_nearer_to_float32(random_params):
