@@ -67,7 +67,11 @@ def group_norm(
   The backward pass computes it again from its input, which takes next to no
   time, instead of keeping two float32 copies of it.
   """
-  return nn.remat(nn.GroupNorm)(
+  return _group_norm(nn.remat(nn.GroupNorm), groups, eps, dtype, name)
+
+
+def _group_norm(cls, groups, eps, dtype, name):
+  return cls(
     groups, epsilon=eps, use_fast_variance=False, dtype=dtype, name=name
   )
 
@@ -139,19 +143,23 @@ class ResnetBlock2D(nn.Module):
     temb: Float[Array, 'n e'] | None = None,
     skip: Features | None = None,
   ) -> Features:
-    def norm(name):
-      return group_norm(self.groups, self.eps, dtype=self.dtype, name=name)
+    def activate(_, h, time, name):
+      norm = _group_norm(nn.GroupNorm, self.groups, self.eps, self.dtype, name)
+      if time is None:
+        return jax.nn.silu(norm(h))
+      if not self.scale_shift:
+        return jax.nn.silu(norm(h + time))
+      scale, shift = jnp.split(time, 2, axis=-1)
+      return jax.nn.silu(norm(h) * (1 + scale) + shift)
 
+    # As in group_norm: only what the convolutions take is kept.
+    activate = nn.remat(activate, static_argnums=3)
     stream = x.dtype
     if skip is not None:
       x = jnp.concatenate([x, skip], axis=-1)
-    h = jax.nn.silu(norm('norm1')(x))
+    h = activate(self, x, None, 'norm1')
     h = conv(self.features, dtype=self.dtype, name='conv1')(h)
-    if temb is None:
-      h = norm('norm2')(h)
-    else:
-      h = self._add_time(h, temb, norm('norm2'))
-    h = jax.nn.silu(h)
+    h = activate(self, h, self._time(temb), 'norm2')
     h = conv(
       self.features, dtype=self.dtype, name='conv2', zero_init=self.zero_init
     )(h)
@@ -161,15 +169,12 @@ class ResnetBlock2D(nn.Module):
       )
     return x.astype(stream) + h
 
-  def _add_time(self, h, temb, norm):
+  def _time(self, temb):
+    if temb is None:
+      return None
     width = 2 * self.features if self.scale_shift else self.features
-    time = Dense(width, dtype=self.dtype, name='time_emb_proj')(
-      jax.nn.silu(temb)
-    )[:, None, None, :]
-    if not self.scale_shift:
-      return norm(h + time)
-    scale, shift = jnp.split(time, 2, axis=-1)
-    return norm(h) * (1 + scale) + shift
+    time = Dense(width, dtype=self.dtype, name='time_emb_proj')
+    return time(jax.nn.silu(temb))[:, None, None, :]
 
 
 class Downsample2D(nn.Module):

@@ -239,6 +239,22 @@ def test_group_norms_keep_no_float32_copies():
   assert [leaf.dtype for leaf in kept] == [jnp.bfloat16]
 
 
+@pytest.mark.parametrize('scale_shift', [False, True])
+def test_a_residual_block_keeps_what_its_convolutions_take(scale_shift):
+  block = layers.ResnetBlock2D(
+    16, 8, 1e-5, scale_shift=scale_shift, dtype=jnp.bfloat16
+  )
+  x, time = jnp.ones((2, 4, 4, 8), jnp.bfloat16), jnp.ones((2, 6))
+  params = block.init(jax.random.key(0), x, time)
+  _, pullback = jax.vjp(lambda x: block.apply(params, x, time), x)
+  kept = [
+    leaf for leaf in jax.tree.leaves(pullback) if leaf.shape[:2] == (2, 4)
+  ]
+  assert {leaf.dtype for leaf in kept} == {jnp.dtype(jnp.bfloat16)}
+  # x, what each of the two takes, and what the second norm takes.
+  assert len(kept) <= 4
+
+
 def test_a_float32_stream_is_nearer_to_float32(random_params):
   config = unet.UNetConfig(**TINY)
   params, inputs = random_params('unet', config), _inputs(config)
