@@ -29,6 +29,11 @@ _CALLED = re.compile(
   r'|branch_computations)=(\{[^}]*\}|%?[\w.-]+)'
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# Where that is not told, as for TPUs: what a loop's counter, which jax starts
+# at 0, is compared with.
+_CONDITION = re.compile(r'\bcondition=%?([\w.-]+)')
+_BELOW = re.compile(r'ROOT .* compare\(%?[\w.-]+, %?([\w.-]+)\), direction=LT')
+_CONSTANT = re.compile(r'%?([\w.-]+) = s32\[\]\S* constant\((\d+)\)')
 _LISTED_GROUPS = re.compile(r'replica_groups=\{\{([\d,]*)\}')
 # mesh['a'=2,'b'=4], maybe device ids, then the axes {'b'} of a group, or parts
 # of them, {'b':(1)2}, of the size that stands last.
@@ -67,8 +72,8 @@ class Kind:
 def collectives(text: str, *, num_devices: int) -> dict[str, Kind]:
   """Kind of collective to its sum over one run of a compiled program.
 
-  text: of compiled.as_text(). The body of a loop whose length the compiler
-  knows counts so many times, of another loop once; each branch counts.
+  text: of compiled.as_text(). The body of a loop whose length is a constant
+  counts so many times, of another loop once; each branch counts.
   """
   bodies, entry = _computations(text)
   seen = set()
@@ -89,8 +94,7 @@ def collectives(text: str, *, num_devices: int) -> dict[str, Kind]:
         seen.add((kind, channel and channel[1]))
         found[kind].add(_measure(kind, match, line, num_devices))
       elif match['name'] not in ('async-done', 'async-update'):
-        trips = _TRIPS.search(line) if match['name'] == 'while' else None
-        times = int(trips[1]) if trips else 1
+        times = _trips(line, bodies) if match['name'] == 'while' else 1
         for called in _called(line):
           for inner, value in total(called).items():
             found[inner].add(value, times)
@@ -112,6 +116,19 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     elif lines is not None:
       lines.append(line)
   return bodies, entry
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+  """How often a loop's body runs, where its text tells; else 1."""
+  known, condition = _TRIPS.search(line), _CONDITION.search(line)
+  if known:
+    return int(known[1])
+  lines = bodies.get(condition[1], ()) if condition else ()
+  constants = dict(
+    found.groups() for found in map(_CONSTANT.search, lines) if found
+  )
+  limits = [found[1] for found in map(_BELOW.search, lines) if found]
+  return int(constants.get(limits[0], 1)) if limits else 1
 
 
 def _called(line: str) -> list[str]:

@@ -47,6 +47,32 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 """
 
 
+# As a TPU's compiler writes a loop over three layers.
+TPU_LOOP = """
+%body (p: (s32[], bf16[64])) -> (s32[], bf16[64]) {
+  %ag = bf16[64]{0:T(8,128)(2,1)} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%region_3.clone (q: (s32[], bf16[64])) -> pred[] {
+  %constant.7.clone.2 = s32[]{:T(128)} constant(3)
+  %other = s32[]{:T(128)} constant(9)
+  %get.1 = s32[]{:T(128)} get-tuple-element(%q), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%get.1, %constant.7.clone.2), direction=LT, metadata={op_name="while"}
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %while.6 = (s32[]{:T(128)}, bf16[64]{0:T(8,128)(2,1)}) while(%init), condition=%region_3.clone, body=%body, metadata={op_name="while"}
+}
+"""
+
+
+def test_a_loop_counts_as_often_as_its_condition_says():
+  found = hlo.collectives(TPU_LOOP, num_devices=4)
+  assert found == {'all-gather': hlo.Kind(3, 3 * 128, 3 * 96, 128)}
+  unknown = TPU_LOOP.replace('direction=LT', 'direction=NE')
+  assert hlo.collectives(unknown, num_devices=4)['all-gather'].count == 1
+
+
 def test_text_by_hand():
   found = hlo.collectives(TEXT, num_devices=8)
   assert found == {
