@@ -93,10 +93,15 @@ def make_plan(
   config: ml_collections.ConfigDict,
   topology: chips.Topology,
   problem: step_lib.Problem,
+  *,
+  hlo_path: str = '',
 ) -> Plan:
-  """Counts and compiles a step and puts it beside the chip's figures."""
+  """Counts and compiles a step and puts it beside the chip's figures.
+
+  The compiled program's text is written to `hlo_path`, if it is given.
+  """
   model_flops, hardware_flops = step_lib.count_flops(problem)
-  compiled = step_lib.compile_step(problem)
+  compiled = step_lib.compile_step(problem, hlo_path=hlo_path)
   state, frozen, batch, _ = problem.arguments
   measure = step_lib.bytes_per_device
   sizes = {

@@ -186,8 +186,8 @@ def count_flops(problem: Problem) -> tuple[int, int]:
   )
 
 
-def compile_step(problem: Problem) -> Compiled:
-  """Compiles the step as train.loop does.
+def compile_step(problem: Problem, *, hlo_path: str = '') -> Compiled:
+  """Compiles the step as train.loop does; writes the program to `hlo_path`.
 
   A program that the compiler refuses for want of memory has its peak read from
   the message; other refusals are raised as they are.
@@ -213,15 +213,15 @@ def compile_step(problem: Problem) -> Compiled:
     memory.temp_size_in_bytes,
   )
   results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  analysis = compiled.cost_analysis() or {}
+  analysis, text = compiled.cost_analysis() or {}, compiled.as_text()
+  if hlo_path:
+    pathlib.Path(hlo_path).write_text(text)
   return Compiled(
     peak=argument + temporary + results,
     argument=argument,
     temporary=temporary,
     accessed=analysis.get('bytes accessed'),
-    collectives=hlo.collectives(
-      compiled.as_text(), num_devices=problem.mesh.size
-    ),
+    collectives=hlo.collectives(text, num_devices=problem.mesh.size),
     seconds=seconds,
   )
 

@@ -63,7 +63,7 @@ def test_memory_is_that_of_a_real_step(bare_folder):
   assert record['planned'] == pytest.approx(record['measured'], rel=0.1)
 
 
-def test_a_plan_of_config_files_alone(bare_folder):
+def test_a_plan_of_config_files_alone(bare_folder, tmp_path):
   code, out, err = _run(
     ['-m', 'dpo_jax.tools.plan'],
     '--config=configs/quickstart.py',
@@ -73,6 +73,7 @@ def test_a_plan_of_config_files_alone(bare_folder):
     f'--config.model.folder={bare_folder}',
     '--config.train.batch_size=8',
     '--config.mesh.fsdp=2',
+    f'--hlo={tmp_path / "step.txt"}',
     *SMALL,
   )
   assert code == 0, err
@@ -92,6 +93,7 @@ def test_a_plan_of_config_files_alone(bare_folder):
   # Four gradients' worth of reduction at least, and the weights gathered.
   assert record['collectives']['all-gather']['count'] > 10
   assert 'peak a device' in out
+  assert ' all-gather(' in (tmp_path / 'step.txt').read_text()
 
 
 @pytest.mark.skipif(
@@ -142,6 +144,7 @@ def test_a_rematted_upsampler_gathers_weights_and_no_batch():
     (['--topology=v5e'], 'give a chip and a layout: v5e:16x16'),
     (['--topology=v9:4x4'], 'give a chip and a layout'),
     (['--topology=v5e:4x4x4'], 'v5e takes 2 numbers'),
+    (['--topology=cpu:8', '--hlo=no/where'], '--hlo=no/where: there is no'),
     ([], '--topology'),
     (['--topology=cpu:1', '--cached=perhaps'], 'give true or false'),
     (['--topology=cpu:1', '--config.model.folder=nowhere'], 'sd15, sd21, sdxl'),
