@@ -4,18 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from dpo_jax import types
-from dpo_jax.models import attention, layers, options
+from dpo_jax.models import clip_layers, layers, options
 
-ACTIVATIONS = {
-  'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
-  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
-}
 # Written by the old releases of transformers, whose end-of-text id was wrong.
 LEGACY_EOS = 2
 # Tokens, training, serialisation and text generation: none changes the states.
@@ -26,8 +21,25 @@ HARMLESS = frozenset(
   ' use_cache chunk_size_feed_forward is_encoder_decoder is_decoder'
   ' tie_word_embeddings id2label label2id problem_type'
   ' gradient_checkpointing'.split()
+  # Older releases wrote all options of text generation into every config.
+  + 'bad_words_ids begin_suppress_tokens decoder_start_token_id'
+  ' diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size'
+  ' exponential_decay_length_penalty finetuning_task forced_bos_token_id'
+  ' forced_eos_token_id length_penalty max_length min_length'
+  ' no_repeat_ngram_size num_beam_groups num_beams num_return_sequences'
+  ' output_scores prefix remove_invalid_values repetition_penalty'
+  ' return_dict_in_generate sep_token_id suppress_tokens'
+  ' task_specific_params temperature tf_legacy_loss tokenizer_class top_k'
+  ' top_p typical_p use_bfloat16'.split()
 )
-FIXED = {'attention_dropout': (0.0,), 'dropout': (0.0,)}
+FIXED = {
+  'attention_dropout': (0.0,),
+  'dropout': (0.0,),
+  'add_cross_attention': (False,),
+  'cross_attention_hidden_size': (None,),
+  'pruned_heads': ({},),
+  'torchscript': (False,),
+}
 
 
 class TextOutput(NamedTuple):
@@ -65,17 +77,7 @@ class CLIPTextConfig:
 
   def __post_init__(self):
     options.check_types(self)
-    allowed = ' or '.join(ACTIVATIONS)
-    options.check(self.hidden_act in ACTIVATIONS, self, 'hidden_act', allowed)
-    for option in ('num_hidden_layers', 'projection_dim'):
-      options.check(getattr(self, option) > 0, self, option, '1 or more')
-    heads = self.num_attention_heads
-    options.check(
-      heads > 0 and self.hidden_size % heads == 0,
-      self,
-      'num_attention_heads',
-      f'a divisor of hidden_size={self.hidden_size}',
-    )
+    clip_layers.check(self)
 
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> 'CLIPTextConfig':
@@ -139,7 +141,9 @@ class TextTransformer(nn.Module):
   def __call__(self, input_ids):
     config = self.config
     x = Embeddings(config, self.dtype, name='embeddings')(input_ids)
-    x, penultimate = Encoder(config, self.dtype, name='encoder')(x)
+    x, penultimate = clip_layers.Encoder(
+      config, self.dtype, is_causal=True, name='encoder'
+    )(x)
     states = layers.layer_norm(
       dtype=self.dtype, name='final_layer_norm', eps=config.layer_norm_eps
     )(x).astype(jnp.float32)
@@ -182,72 +186,3 @@ class Embeddings(nn.Module):
     tokens = table(config.vocab_size, 'token_embedding')(input_ids)
     positions = table(config.max_position_embeddings, 'position_embedding')
     return tokens + positions(jnp.arange(length))
-
-
-class Encoder(nn.Module):
-  """The stack of layers; what leaves the last one and what enters it."""
-
-  config: CLIPTextConfig
-  dtype: types.DTypeLike
-
-  @nn.compact
-  def __call__(self, x):
-    before = x
-    for i in range(self.config.num_hidden_layers):
-      before = x
-      x = EncoderLayer(self.config, self.dtype, name=f'layers_{i}')(x)
-    return x, before
-
-
-class EncoderLayer(nn.Module):
-  """Causal self-attention and a two-layer network, norms first."""
-
-  config: CLIPTextConfig
-  dtype: types.DTypeLike
-
-  @nn.compact
-  def __call__(self, x):
-    def norm(name):
-      return layers.layer_norm(
-        dtype=self.dtype, name=name, eps=self.config.layer_norm_eps
-      )
-
-    h = norm('layer_norm1')(x)
-    x = x + SelfAttention(
-      self.config.num_attention_heads, self.dtype, name='self_attn'
-    )(h)
-    h = norm('layer_norm2')(x)
-    return x + FeedForward(self.config, self.dtype, name='mlp')(h)
-
-
-class SelfAttention(nn.Module):
-  """Causal attention with transformers' parameter names."""
-
-  heads: int
-  dtype: types.DTypeLike
-
-  @nn.compact
-  def __call__(self, x):
-    n, s, d = x.shape
-
-    def project(name):
-      out = layers.Dense(d, dtype=self.dtype, name=name)(x)
-      return out.reshape(n, s, self.heads, d // self.heads)
-
-    q, k, v = project('q_proj'), project('k_proj'), project('v_proj')
-    out = attention.attend(q, k, v, is_causal=True).reshape(n, s, d)
-    return layers.Dense(d, dtype=self.dtype, name='out_proj')(out)
-
-
-class FeedForward(nn.Module):
-  """Dense, activation, dense."""
-
-  config: CLIPTextConfig
-  dtype: types.DTypeLike
-
-  @nn.compact
-  def __call__(self, x):
-    config = self.config
-    h = layers.Dense(config.intermediate_size, dtype=self.dtype, name='fc1')(x)
-    h = ACTIVATIONS[config.hidden_act](h)
-    return layers.Dense(config.hidden_size, dtype=self.dtype, name='fc2')(h)

@@ -32,11 +32,13 @@ class Rules:
 
   Attributes:
     indexed: module names that carry an index: `resnets_1` is `resnets.1`.
+    bare: leaves whose names in a file are their own, not `weight` or `bias`.
     renames: (pattern, replacement) for names of other releases, read only.
     ignored: patterns of tensors that are no parameters, read only.
   """
 
   indexed: tuple[str, ...]
+  bare: tuple[str, ...] = ()
   renames: tuple[tuple[str, str], ...] = ()
   ignored: tuple[str, ...] = ()
 
@@ -264,7 +266,7 @@ def _file_name(path: tuple[str, ...], rules: Rules) -> str:
     if stem in rules.indexed and index.isdigit():
       module = f'{stem}.{index}'
     parts.append(module)
-  leaf = leaf if leaf == 'bias' else 'weight'
+  leaf = leaf if leaf in ('bias', *rules.bare) else 'weight'
   return '.'.join([*parts, leaf])
 
 

@@ -7,7 +7,7 @@ in diffusers or transformers. The numbers of the blocks follow from the config.
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from dpo_jax.models import clip, unet_config, vae
+from dpo_jax.models import clip, clip_pair, unet_config, vae
 
 RESNET = {
   'in_layers.0': 'norm1',
@@ -41,7 +41,7 @@ OPEN_CLIP_LAYER = {
 # OpenCLIP keeps the three projections of attention in one tensor.
 FUSED = {'in_proj_weight': 'weight', 'in_proj_bias': 'bias'}
 QKV = ('q_proj', 'k_proj', 'v_proj')
-PROJECTION = 'text_projection'
+PROJECTION, VISUAL_PROJECTION = 'text_projection', 'visual.proj'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +145,26 @@ def open_clip_projected_modules(config: clip.CLIPTextConfig) -> dict[str, str]:
   }
 
 
+def open_clip_pair_modules(config: clip_pair.CLIPConfig) -> dict[str, str]:
+  """Modules of both towers of OpenCLIP, their projections and temperature."""
+  body = 'vision_model'
+  modules = open_clip_projected_modules(config.text_config) | {
+    'logit_scale': 'logit_scale',
+    'visual.class_embedding': f'{body}.embeddings.class_embedding',
+    'visual.positional_embedding': (
+      f'{body}.embeddings.position_embedding.weight'
+    ),
+    'visual.conv1': f'{body}.embeddings.patch_embedding',
+    'visual.ln_pre': f'{body}.pre_layrnorm',
+    'visual.ln_post': f'{body}.post_layernorm',
+    VISUAL_PROJECTION: 'visual_projection.weight',
+  }
+  for i in range(config.vision_config.num_hidden_layers):
+    old, new = f'visual.transformer.resblocks.{i}', f'{body}.encoder.layers.{i}'
+    modules |= _join(old, new, OPEN_CLIP_LAYER)
+  return modules
+
+
 def find_origins(
   names: Iterable[str], modules: Mapping[str, str]
 ) -> tuple[dict[str, Origin], list[str]]:
@@ -166,7 +186,7 @@ def find_origins(
     else:
       origins[new] = Origin(
         name,
-        is_transposed=name == PROJECTION,
+        is_transposed=name in (PROJECTION, VISUAL_PROJECTION),
         is_pointwise=name.rpartition('.')[0].endswith(
           tuple(f'.mid.attn_1.{part}' for part in VAE_ATTENTION)
         )
