@@ -23,6 +23,7 @@ setuptools.setup(
     'etils[epath]>=1.9',
     'flax>=0.12.8',
     'fsspec>=2024.6',
+    'ftfy>=6.2',
     'grain>=0.2.18',
     'jax>=0.10.2',
     'Jinja2>=3.1',

@@ -1,0 +1,177 @@
+"""Judges of pictures: PickScore, HPSv2, CLIP score, LAION's aesthetics.
+
+A score is a number a picture, larger is better, comparable within a prompt.
+
+| name | score | published weights |
+|---|---|---|
+| pickscore | exp(logit_scale) cos(text, image), about 20 | CLIP ViT-H/14 |
+| hpsv2, hpsv21 | cos(text, image), about 0.28 | OpenCLIP ViT-H/14 |
+| clip | 100 cos(text, image) | any CLIP |
+| aesthetic | LAION's predictor of the image alone, 1 to 10 | CLIP ViT-L/14 |
+
+Kirstain et al. 2023, section 4; Wu et al. 2023, section 4; Hessel et al. 2021,
+eq. 1 without its cut at 0, which would make ties; Schuhmann 2022.
+"""
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32, UInt8
+
+from dpo_jax import sharding, types
+from dpo_jax.evaluate import clip_pixels
+from dpo_jax.models import clip_pair
+
+NAMES = ('pickscore', 'hpsv2', 'hpsv21', 'clip', 'aesthetic')
+# Threads that scale pictures while the device computes.
+THREADS = 2
+# Token ids int32 [n s] of captions.
+EncodeFn = Callable[[Sequence[str]], Int32[np.ndarray, 'n s']]
+# A caption and its pictures, uint8 [H W 3] or what `read` makes such of.
+Question = tuple[str, Sequence[Any]]
+
+
+def cosine(
+  texts: Float[Array, 'n e'], images: Float[Array, 'n k e']
+) -> Float[Array, 'n k']:
+  """Of each text with its own k images; all are of length 1."""
+  return jnp.einsum('ne,nke->nk', texts, images)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scorer:
+  """A judge whose networks lie on a mesh.
+
+  Attributes:
+    name: one of NAMES.
+    params: 'clip', and 'head' of `aesthetic`; placed.
+    encode: None where texts are not looked at.
+    source: where the weights came from, and their digest, for the record.
+    batch_size: captions at once; a multiple of the mesh's batch axes.
+  """
+
+  name: str
+  model: clip_pair.CLIP
+  params: types.Params
+  preprocess: clip_pixels.Preprocess
+  encode: EncodeFn | None
+  mesh: jax.sharding.Mesh
+  source: dict[str, str]
+  batch_size: int = 8
+
+  def __post_init__(self):
+    if self.name not in NAMES:
+      raise ValueError(
+        f'scorer {self.name!r}: must be one of {", ".join(NAMES)}'
+      )
+    if (self.encode is None) != (self.name == 'aesthetic'):
+      raise ValueError(f'{self.name}: aesthetic alone takes no texts')
+
+  def compute(
+    self,
+    params: types.Params,
+    pixels: Float[Array, 'n k H W 3'],
+    input_ids: Int32[Array, 'n s'] | None,
+  ) -> Float[Array, 'n k']:
+    """Scores, float32, of n captions and their k pictures."""
+    n, k = pixels.shape[:2]
+    tower = params['clip']
+    flat = pixels.reshape(n * k, *pixels.shape[2:])
+    images = self.model.embed_images(tower, flat)
+    if self.name == 'aesthetic':
+      head = clip_pair.AestheticPredictor()
+      return head.apply({'params': params['head']}, images).reshape(n, k)
+    texts = self.model.embed_texts(tower, input_ids)
+    cos = cosine(texts, images.reshape(n, k, -1))
+    if self.name == 'pickscore':
+      return jnp.exp(tower['logit_scale'].astype(jnp.float32)) * cos
+    return 100.0 * cos if self.name == 'clip' else cos
+
+  def batches(
+    self,
+    questions: Iterable[Question],
+    *,
+    read: Callable[[Any], np.ndarray] = np.asarray,
+  ) -> Iterator[Float32[np.ndarray, 'n k']]:
+    """Scores of captions with as many pictures each, a batch at a time.
+
+    `read` makes uint8 [H W 3] of what stands for a picture. That and the
+    scaling of the next batches go on while the device computes.
+    """
+
+    def prepare(picture):
+      return self.preprocess(read(picture))
+
+    compute = jax.jit(
+      self.compute, out_shardings=sharding.batch_sharding(self.mesh)
+    )
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+      started = (
+        (caption, [pool.submit(prepare, picture) for picture in some])
+        for caption, some in questions
+      )
+      running = None
+      for batch in _ahead(_grouped(started, self.batch_size)):
+        pixels = np.stack(
+          [np.stack([job.result() for job in jobs]) for _, jobs in batch]
+        )
+        placed = {'pixels': self._fill(pixels)}
+        if self.encode is not None:
+          placed['input_ids'] = self._fill(
+            self.encode([caption for caption, _ in batch])
+          )
+        placed = sharding.put_batch(placed, self.mesh)
+        # The device works on this batch while the next one is made.
+        scores = compute(self.params, placed['pixels'], placed.get('input_ids'))
+        if running is not None:
+          yield np.asarray(running[0])[: running[1]]
+        running = scores, len(batch)
+      if running is not None:
+        yield np.asarray(running[0])[: running[1]]
+
+  def score(
+    self,
+    images: Sequence[UInt8[np.ndarray, 'H W 3']],
+    captions: Sequence[str],
+  ) -> Float32[np.ndarray, ' n']:
+    """Scores [n] of pictures, each with its caption.
+
+    Raises ValueError where there are not as many captions as pictures.
+    """
+    if len(images) != len(captions):
+      raise ValueError(f'{len(images)} pictures and {len(captions)} captions')
+    pairs = zip(captions, images, strict=True)
+    found = list(self.batches((text, [picture]) for text, picture in pairs))
+    return np.concatenate(found)[:, 0] if found else np.zeros(0, np.float32)
+
+  def _fill(self, array: np.ndarray) -> np.ndarray:
+    """Repeats the last row; what comes of it is cut off."""
+    rest = self.batch_size - len(array)
+    return np.pad(array, [(0, rest)] + [(0, 0)] * (array.ndim - 1), mode='edge')
+
+
+def _grouped(items: Iterable, size: int) -> Iterator[list]:
+  group = []
+  for item in items:
+    group.append(item)
+    if len(group) == size:
+      yield group
+      group = []
+  if group:
+    yield group
+
+
+def _ahead(groups: Iterator[list]) -> Iterator[list]:
+  """The same, each taken one before it is asked for: its threads run."""
+  waiting = None
+  for group in groups:
+    if waiting is not None:
+      yield waiting
+    waiting = group
+  if waiting is not None:
+    yield waiting

@@ -1,0 +1,217 @@
+"""Scores every picture of a prepared folder once, by one or more judges.
+
+  python -m dpo_jax.tools.label --data=DIR \\
+    --scorers=pickscore=PICKSCORE,hpsv2=HPS,aesthetic=CLIP_L [--json]
+
+NAME=FOLDER are judges and their weights; names are pickscore, hpsv2, hpsv21,
+clip and aesthetic. Folders hold transformers' CLIPModel (config.json,
+model.safetensors) or one .safetensors file of OpenCLIP's names; aesthetic
+needs aesthetic.safetensors beside it. --tokenizer names CLIP's vocab.json and
+merges.txt for folders that have none.
+
+The scores lie in DIR/scores, a number a picture, beside the records, which are
+not touched. The same command goes on after it was killed, and scores nothing
+twice. It ends with a report, also in DIR/scores/report.json: how often each
+judge agrees with the labels, and the judges with one another.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from dpo_jax import folders, scoring, sharding
+from dpo_jax.data import images as images_lib
+from dpo_jax.data import prepared, records, scan, score_files
+from dpo_jax.evaluate import agreement, scorers
+from dpo_jax.tools import arguments, ticker
+
+
+def _parse(argv: Sequence[str]):
+  parser = arguments.Parser('dpo_jax.tools.label', __doc__)
+  add, whole = parser.add_argument, arguments.number(int, low=1)
+  add('--data', required=True, help='a prepared folder')
+  add('--split', default='', help="default: the folder's only one")
+  add('--scorers', default='', help='NAME=FOLDER,...; none: report only')
+  add('--tokenizer', default='', help='folder of vocab.json and merges.txt')
+  add('--batch', type=whole, help='pairs at once; default: 8 a device')
+  add('--dtype', default='auto', choices=('auto', 'float32', 'bfloat16'))
+  add(
+    '--chunk', type=whole, default=4096, help='records lost at most by a kill'
+  )
+  add('--json', action='store_true', help='print JSON')
+  return parser.parse(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Scores what is missing; ValueError says what is wrong with the input."""
+  values = _parse(argv)
+  kinds = prepared.find_kinds(values.data)
+  if not kinds:
+    raise ValueError(
+      f'--data={values.data}: is no prepared folder (python -m '
+      'dpo_jax.tools.prepare makes one)'
+    )
+  kind = kinds[0]
+  given = records.open_folder(values.data, kind=kind, split=values.split)
+  wanted = scoring.parse(values.scorers) if values.scorers else {}
+  mesh = sharding.make_mesh()
+  dtype = values.dtype
+  if dtype == 'auto':
+    on_cpu = mesh.devices.flat[0].platform == 'cpu'
+    dtype = 'float32' if on_cpu else 'bfloat16'
+  _read_labels(given, kind, values.chunk)
+  for name, folder in wanted.items():
+    scorer = scoring.open_scorer(
+      name,
+      folder,
+      mesh=mesh,
+      tokenizer=values.tokenizer,
+      dtype=dtype,
+      batch_size=values.batch or 0,
+    )
+    score(given, kind, scorer, chunk=values.chunk)
+  report = make_report(given, kind)
+  path = score_files.place(given, kind)
+  folders.write_json(path / 'report.json', report)
+  print(json.dumps(report, indent=2) if values.json else describe(report))
+
+
+def score(
+  given: records.Records,
+  kind: str,
+  scorer: scorers.Scorer,
+  *,
+  chunk: int = 4096,
+) -> np.ndarray:
+  """The column of a scorer: read where it is whole, made where it is not.
+
+  Raises ValueError naming the record whose pictures cannot be read.
+  """
+  name = f'score_{scorer.name}'
+  source = {**scorer.source, 'jax': jax.__version__}
+  if name in score_files.list_names(given, kind):
+    description, values = score_files.read(given, kind, name)
+    if description.source['sha256'] != source['sha256']:
+      raise ValueError(
+        f'{score_files.place(given, kind) / name}: scores of '
+        f'{description.source["name"]}, other weights than '
+        f'{source["name"]}; remove {name}.json and .npy to score again'
+      )
+    return values
+  writer = score_files.Writer(given, kind, name, source=source, chunk=chunk)
+  missing = writer.missing()
+  done = len(given) - sum(end - start for start, end in missing)
+  with ticker.Ticker(len(given), label=scorer.name, first=done) as bar:
+    for start, end in missing:
+      made = []
+      for scores in scorer.batches(
+        _questions(given, kind, start, end), read=images_lib.decode
+      ):
+        made.append(scores)
+        done += len(scores)
+        bar.update(done)
+      column = np.concatenate(made)
+      writer.add(start, column if kind == 'pairs' else column[:, 0])
+  return writer.finish()
+
+
+def _questions(
+  given: records.Records, kind: str, start: int, end: int
+) -> Iterator[scorers.Question]:
+  for row in range(start, end):
+    record = given[row]
+    pictures = [record[side] for side in scan.SIDES[kind]]
+    if not all(pictures):
+      raise ValueError(
+        f'{given.folder}: record {row} has no pictures, only latents; scorers '
+        'look at pictures: prepare with --keep_images=true'
+      )
+    yield record['caption'].decode('utf-8', 'replace'), pictures
+
+
+def _read_labels(given: records.Records, kind: str, chunk: int) -> None:
+  """Puts the labels beside the scores, unless they are there."""
+  folder = score_files.place(given, kind)
+  if folders.read_text(folder / f'{score_files.LABEL}.json') is not None:
+    return
+  writer = score_files.Writer(
+    given, kind, score_files.LABEL, source={'name': 'records'}, chunk=chunk
+  )
+  with ticker.Ticker(len(given), label='labels') as bar:
+    for start, end in writer.missing():
+      column = [given[row][scan.LABELS[kind]] for row in range(start, end)]
+      writer.add(start, np.array(column, np.float32))
+      bar.update(end)
+  writer.finish()
+
+
+def make_report(given: records.Records, kind: str) -> dict:
+  """What the columns say of the labels and of one another."""
+  names = score_files.list_names(given, kind)
+  columns, sources = {}, {}
+  for name in names:
+    description, values = score_files.read(given, kind, name)
+    short = name.removeprefix('score_')
+    columns[short], sources[short] = values, dict(description.source)
+  _, labels = score_files.read(given, kind, score_files.LABEL)
+  report = {'records': len(given), 'kind': kind, 'scorers': sources}
+  if kind != 'pairs':
+    return report | {
+      'mean_score': {
+        name: {
+          'liked': _mean(values[labels > 0.5]),
+          'disliked': _mean(values[labels < 0.5]),
+        }
+        for name, values in columns.items()
+      }
+    }
+  return report | {
+    'agreement_with_labels': {
+      name: agreement.with_labels(values, labels)
+      for name, values in columns.items()
+    },
+    'agreement_between': agreement.between(columns),
+    'pairs_with_k_agreeing': agreement.consensus(columns, labels),
+  }
+
+
+def _mean(values: np.ndarray) -> float | None:
+  return float(values.mean()) if len(values) else None
+
+
+def describe(report: dict) -> str:
+  """The report for a terminal."""
+  lines = [f'{report["records"]} {report["kind"]}']
+  for name, found in report.get('agreement_with_labels', {}).items():
+    if found['value'] is None:
+      lines.append(f'{name}: no label to agree with')
+      continue
+    paper = agreement.PUBLISHED.get(name)
+    more = f'; on Pick-a-Pic in the paper {paper}%' if paper else ''
+    lines.append(
+      f'{name} agrees with the labels on {100 * found["value"]:.1f}% '
+      f'[{100 * found["low"]:.1f}, {100 * found["high"]:.1f}] of '
+      f'{found["n"]} pairs, {found["ties"]} ties{more}'
+    )
+  for names, found in report.get('agreement_between', {}).items():
+    lines.append(
+      f'{" and ".join(names.split())} agree on {100 * found["value"]:.1f}%'
+    )
+  counts = report.get('pairs_with_k_agreeing', [])
+  for k, count in enumerate(counts[1:], 1):
+    share = 100 * count / max(1, report['records'])
+    lines.append(f'{k} or more agree with the label: {count} ({share:.1f}%)')
+  for name, found in report.get('mean_score', {}).items():
+    lines.append(
+      f'{name}: liked {found["liked"]}, disliked {found["disliked"]}'
+    )
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+  sys.exit(arguments.run(main, sys.argv[1:]))
