@@ -109,7 +109,7 @@ def score(
     for start, end in missing:
       made = []
       for scores in scorer.batches(
-        _questions(given, kind, start, end), read=images_lib.decode
+        _questions(given, kind, start, end), read=_decode
       ):
         made.append(scores)
         done += len(scores)
@@ -124,13 +124,25 @@ def _questions(
 ) -> Iterator[scorers.Question]:
   for row in range(start, end):
     record = given[row]
-    pictures = [record[side] for side in scan.SIDES[kind]]
-    if not all(pictures):
+    pictures = [
+      (record[side], f'{given.folder}: record {row}, {side}')
+      for side in scan.SIDES[kind]
+    ]
+    if not all(data for data, _ in pictures):
       raise ValueError(
         f'{given.folder}: record {row} has no pictures, only latents; scorers '
         'look at pictures: prepare with --keep_images=true'
       )
     yield record['caption'].decode('utf-8', 'replace'), pictures
+
+
+def _decode(picture: tuple[bytes, str]) -> np.ndarray:
+  """uint8 [H W 3] of (bytes, where they are from); ValueError says where."""
+  data, place = picture
+  try:
+    return images_lib.decode(data)
+  except ValueError as error:
+    raise ValueError(f'{place}: {error}; prepare the folder again') from error
 
 
 def _read_labels(given: records.Records, kind: str, chunk: int) -> None:
