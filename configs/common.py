@@ -116,6 +116,17 @@ def _data():
   # Share of the training pairs (by a hash of their ids) whose winner and loser
   # are swapped: for experiments with wrong labels. 0 is off.
   c.label_noise = 0.0
+  # Of prepared folders that tools.label has scored: the score that decides who
+  # wins a training pair (score_pickscore, say; Wallace et al., section 5.4), ''
+  # for the labels of the records. Held-out pairs keep theirs.
+  c.winner = ''
+  # Keep the training pairs on which at least min_agree of these scores choose
+  # what the label says: ('score_pickscore', 'score_hpsv2').
+  c.consensus = ()
+  c.min_agree = 0
+  # Of each caption only so many pairs, those whose scores by `winner` differ
+  # the most: 1 is the best picture against the worst. 0 is all.
+  c.per_caption = 0
   # What a lost caption becomes: empty (the encoding of '') or zeros (what
   # diffusers' SDXL pipelines use as the unconditional branch).
   c.dropped_prompt = 'empty'

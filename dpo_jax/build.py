@@ -18,7 +18,7 @@ from dpo_jax import (
   sharding,
   trees,
 )
-from dpo_jax.data import cached, prepared, ref_errors
+from dpo_jax.data import cached, labelling, prepared, ref_errors
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.evaluate import judge as judge_lib
 from dpo_jax.models import classifier, lora
@@ -163,6 +163,18 @@ def _count_cut(tokenizer, captions) -> int:
   return cut
 
 
+def _labelling(config) -> labelling.Labelling:
+  """Who wins the training pairs, and the scores that batches come with."""
+  names = (config.objective.scores,) if config.objective.scores else ()
+  return labelling.Labelling(
+    winner=config.data.winner,
+    consensus=tuple(config.data.consensus),
+    min_agree=config.data.min_agree,
+    per_caption=config.data.per_caption,
+    columns=names,
+  )
+
+
 def _read_data(config) -> datasets.Data:
   """The examples that the config names; reads no picture of a folder."""
   paths = datasets.split_paths(config.data.path)
@@ -190,6 +202,14 @@ def _read_data(config) -> datasets.Data:
       max_held=config.eval.num_pairs,
       kind='likes' if likes else 'pairs',
       label_noise=config.data.label_noise,
+      labels=_labelling(config),
+    )
+  if config.data.winner or len(config.data.consensus):
+    name = 'winner' if config.data.winner else 'consensus'
+    raise ValueError(
+      f'data.{name}={config.data[name]!r}: is for prepared folders that python '
+      f'-m dpo_jax.tools.label has scored, and data.path={config.data.path} is '
+      'none'
     )
   if eval_paths or len(config.data.weights):
     name = 'eval_path' if eval_paths else 'weights'

@@ -1,5 +1,6 @@
 """What a run trains on: parquet files held in memory, or prepared folders."""
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -12,6 +13,7 @@ import numpy as np
 
 from dpo_jax.data import (
   cached,
+  labelling,
   loader,
   pairs,
   prepared,
@@ -161,6 +163,7 @@ def open_prepared(
   max_held: int = 0,
   kind: str = 'pairs',
   label_noise: float = 0.0,
+  labels: labelling.Labelling | None = None,
 ) -> Data:
   """Opens prepared folders of pairs or likes, to be mixed; reads no record.
 
@@ -179,6 +182,12 @@ def open_prepared(
     raise ValueError(
       f'kind {kind!r}: must be one of {", ".join(prepared.KINDS)}'
     )
+  labels = labels or labelling.Labelling()
+  if kind != 'pairs' and (labels.winner or labels.min_agree):
+    raise ValueError(
+      f'data.winner={labels.winner!r}, data.consensus={labels.consensus}: are '
+      'for pairs; likes have no winner'
+    )
   noise_lib.check(label_noise)
   if weights and len(weights) != len(paths):
     raise ValueError(
@@ -189,6 +198,8 @@ def open_prepared(
     [prepared.open_folder(p, kind=kind, use_cache=use_cache) for p in some]
     for some in (paths, eval_paths)
   )
+  opened, fingerprint = _with_columns(opened, labels)
+  held, _ = _with_columns(held, labels)
   sides = _split_sources(opened, held, holdout)
   _check_sides(sides.train, sides.held, paths, holdout)
   counts = prepared.sum_counts(opened) | {
@@ -198,27 +209,51 @@ def open_prepared(
   }
   if held:
     counts[f'{kind}_with_held_out_captions_dropped'] = sides.left_out
+  chosen, dropped = _choose(sides, labels)
+  counts |= dropped
   train = [
     dataclasses.replace(source, weight=weight, label_noise=label_noise)
-    for source, weight in zip(
-      sides.train, weights or map(len, sides.train), strict=True
-    )
+    for source, weight in zip(chosen, weights or map(len, chosen), strict=True)
   ]
   return Data(
     train=tuple(train),
     held=_limit(sides.held, sides.held_hashes, max_held),
     counts=counts,
-    fingerprint=_add_noise(prepared.hash_sources(opened), label_noise),
+    fingerprint=_add_noise(fingerprint, label_noise),
     find_prompts=functools.partial(
       prepared.find_prompts, sides.held, sides.held_hashes
     ),
   )
 
 
+def _with_columns(sources, labels):
+  """(the sources with the columns that are asked for, fingerprint of all)."""
+  digest = prepared.hash_sources(sources)
+  if not labels.names:
+    return sources, digest
+  found = [labelling.with_columns(source, labels) for source in sources]
+  text = ' '.join([digest, *(some for _, some in found)])
+  return [s for s, _ in found], hashlib.sha256(text.encode()).hexdigest()
+
+
+def _choose(sides, labels):
+  """(the training sources with the pairs that are kept, counts of the rest)."""
+  if not labels.winner and not labels.min_agree:
+    return sides.train, {}
+  sources, counts = [], collections.Counter()
+  for source, hashes in zip(sides.train, sides.train_hashes, strict=True):
+    source, dropped = labelling.choose(source, labels, hashes)
+    sources.append(source)
+    counts.update(dropped)
+  counts['training_pairs'] = sum(map(len, sources))
+  return sources, dict(counts)
+
+
 class _Sides(NamedTuple):
   """Sources that are trained on and held out; rows that are `left_out`."""
 
   train: list[record_loader.Source]
+  train_hashes: list[prepared.Hashes]
   held: list[record_loader.Source]
   held_hashes: list[prepared.Hashes]
   left_out: int
@@ -243,8 +278,9 @@ def _split_sources(opened, given, holdout: float) -> _Sides:
     source.select(np.flatnonzero(~some)) if some.any() else source
     for source, some in zip(opened, is_held, strict=True)
   ]
+  train_hashes = [h[~some] for h, some in zip(hashes, is_held, strict=True)]
   left_out = sum(int(some.sum()) for some in is_held)
-  return _Sides(train, held, held_hashes, left_out)
+  return _Sides(train, train_hashes, held, held_hashes, left_out)
 
 
 def _check_sides(train, held, paths, holdout) -> None:

@@ -16,16 +16,19 @@ Inputs = dict[str, np.ndarray | np.generic]
 
 
 def read_label(
-  record: record_fields.Record, kind: str, *, flipped: bool
+  record: record_fields.Record, kind: str, *, flipped: bool, winner: str = ''
 ) -> tuple[list[int], dict[str, np.float32]]:
   """The sides, and `label_confidence` of a pair or `liked` of a like.
 
   `flipped` turns the label round: a pair's sides are swapped, and it is held
-  for as certain as before; liked becomes 1 - liked. Raises ValueError for a
-  label outside [0, 1].
+  for as certain as before; liked becomes 1 - liked. winner: the scores of a
+  pair that decide, certainly, in the place of its label. Raises ValueError for
+  a label outside [0, 1].
   """
   name = scan.LABELS[kind]
   label = float(record[name])
+  if winner:
+    label = float(record[winner][0] > record[winner][1])
   if not 0 <= label <= 1:
     raise ValueError(f'its {name} is {label}')
   if kind == 'likes':

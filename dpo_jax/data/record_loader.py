@@ -6,10 +6,10 @@ import hashlib
 import itertools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 
 from dpo_jax import keys
 from dpo_jax.data import (
@@ -36,7 +36,9 @@ class Source:
 
   With `cache` and `captions` batches hold latents and text states, without
   them pictures and tokens. `rows` are the records to take, None is all. The
-  share `label_noise` of them has a wrong label on purpose.
+  share `label_noise` of them has a wrong label on purpose. `scores` are columns
+  beside the records, a row for each record; the larger of the scores in
+  `winner`, one of them, tells who wins where that is not ''.
   """
 
   records: records.Records
@@ -45,6 +47,10 @@ class Source:
   captions: cached.Captions | None = None
   rows: Int64[np.ndarray, ' n'] | None = None
   label_noise: float = 0.0
+  scores: Mapping[str, Float32[np.ndarray, 'n *sides']] = dataclasses.field(
+    default_factory=dict
+  )
+  winner: str = ''
 
   def __len__(self) -> int:
     """The number of examples."""
@@ -62,8 +68,10 @@ class Source:
     return dataclasses.replace(self, rows=rows)
 
   def record(self, row: int) -> record_fields.Record:
-    """The record of an example."""
-    return self.records[row if self.rows is None else int(self.rows[row])]
+    """The record of an example, its scores beside it included."""
+    index = row if self.rows is None else int(self.rows[row])
+    beside = {name: column[index] for name, column in self.scores.items()}
+    return self.records[index] | beside
 
   def uncached(self) -> 'Source':
     """The same pictures, decoded; ValueError where they were not kept."""
@@ -294,6 +302,7 @@ class _Examples:
       record,
       kind,
       flipped=label_noise.is_flipped(number, source.label_noise),
+      winner=source.winner,
     )
     augmentation = images_lib.Augmentation()
     if self._random_crop or self._flip:
@@ -320,4 +329,5 @@ class _Examples:
 
 
 def _scores(source: Source) -> set[str]:
-  return {name for name in source.records.fields if name.startswith('score_')}
+  inside = {n for n in source.records.fields if n.startswith('score_')}
+  return inside | set(source.scores)
