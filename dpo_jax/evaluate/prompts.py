@@ -13,6 +13,8 @@ from pyarrow import parquet
 # Names under which files hold the prompt; the first one found is taken.
 TEXT_KEYS = ('prompt', 'Prompt', 'caption', 'text')
 ID_KEYS = ('id', 'prompt_id')
+# Columns that sort a set's prompts: PartiPrompts', HPSv2's, Pick-a-Pic's.
+GROUP_KEYS = ('category', 'challenge', 'style')
 SAFE_ID = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}')
 
 
@@ -23,12 +25,14 @@ class Prompt:
   Attributes:
     id: unique in the set and safe as the stem of a file's name.
     seed: its own seed, or None.
+    groups: what the set sorts it under: {'category': 'Animals', ...}.
   """
 
   id: str
   text: str
   negative: str | None = None
   seed: int | None = None
+  groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read(path: str | pathlib.Path) -> list[Prompt]:
@@ -37,8 +41,10 @@ def read(path: str | pathlib.Path) -> list[Prompt]:
   Text files hold one prompt a line (empty lines are skipped); JSON a list of
   strings or objects, or an object whose values are such lists; the others
   rows. Objects and rows have the prompt under one of TEXT_KEYS, and
-  optionally `id`, `negative_prompt` and `seed`. Without an id the position is
-  taken, 000000 first.
+  optionally `id`, `negative_prompt` and `seed`, and are sorted by what stands
+  under GROUP_KEYS in any case (PartiPrompts' Category and Challenge); in an
+  object of lists its keys are the style (HPSv2's benchmark). Without an id the
+  position is taken, 000000 first.
 
   Raises:
     ValueError: names the file, the row and what is wrong.
@@ -97,7 +103,12 @@ def _to_prompt(path: pathlib.Path, i: int, row: Any) -> Prompt:
   negative = row.get('negative_prompt') or None
   if negative is not None and not isinstance(negative, str):
     raise ValueError(f'{path}: row {i}: negative_prompt is not a text')
-  return Prompt(name, text, negative, _seed(path, i, row.get('seed')))
+  groups = {
+    key.lower(): value
+    for key, value in row.items()
+    if str(key).lower() in GROUP_KEYS and isinstance(value, str) and value
+  }
+  return Prompt(name, text, negative, _seed(path, i, row.get('seed')), groups)
 
 
 def _seed(path, i, value):
@@ -124,7 +135,11 @@ def _read_json(path: pathlib.Path) -> Iterable[Any]:
   if isinstance(values, dict):
     if not all(isinstance(value, list) for value in values.values()):
       raise ValueError('an object must hold lists of prompts')
-    return [row for value in values.values() for row in value]
+    return [
+      {'prompt': row, 'style': key} if isinstance(row, str) else row
+      for key, value in values.items()
+      for row in value
+    ]
   if not isinstance(values, list):
     raise ValueError('neither a list nor an object of lists')
   return values
@@ -143,9 +158,9 @@ def _read_table(path: pathlib.Path) -> Iterable[Mapping]:
 
 def _read_parquet(path: pathlib.Path) -> Iterable[Mapping]:
   # Pick-a-Pic's rows hold images of megabytes: only what is asked for.
-  known = (*TEXT_KEYS, *ID_KEYS, 'negative_prompt', 'seed')
+  known = {*TEXT_KEYS, *ID_KEYS, *GROUP_KEYS, 'negative_prompt', 'seed'}
   names = parquet.read_schema(path).names
-  columns = [name for name in known if name in names]
+  columns = [name for name in names if name in known or name.lower() in known]
   return parquet.read_table(path, columns=columns).to_pylist()
 
 
