@@ -15,7 +15,10 @@ setuptools.setup(
   long_description=(HERE / 'README.md').read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',
   packages=setuptools.find_packages(include=['dpo_jax', 'dpo_jax.*']),
-  package_data={'dpo_jax.evaluate': ['templates/*.j2']},
+  package_data={
+    'dpo_jax.evaluate': ['templates/*.j2'],
+    'dpo_jax.judging': ['page/*'],
+  },
   python_requires='>=3.11',
   install_requires=[
     'absl-py>=2.1',
@@ -38,10 +41,12 @@ setuptools.setup(
     'rich>=13',
     'safetensors>=0.5',
     'scipy>=1.13',
+    'starlette>=1.0',
     'tensorboardX>=2.6',
     'tensorflow-datasets>=4.9.10',
     'tokenizers>=0.22',
     'transformers>=5.0',
+    'uvicorn>=0.40',
   ],
   extras_require={
     'gpu': ['jax[cuda12]'],

@@ -113,6 +113,12 @@ def _read_entries(folder: pathlib.Path) -> list[dict[str, Any]]:
   return entries
 
 
+def read_prompts(folder: str) -> dict[str, str]:
+  """The prompt of each picture of a folder of tools.generate, by its file."""
+  entries = _read_entries(pathlib.Path(folder))
+  return {entry['file']: entry['prompt'] for entry in entries}
+
+
 def by_prompt(
   values: Float[np.ndarray, ' n'], pairs: Sequence[Pair]
 ) -> tuple[list[str], Float[np.ndarray, ' p']]:

@@ -1,0 +1,1 @@
+"""The page where people vote: items, votes, and the server."""

@@ -1,0 +1,132 @@
+"""Votes as training data in tools.prepare's JSON Lines, and as a table."""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpo_jax.evaluate import pages, vote_stats
+from dpo_jax.judging import items as items_lib
+from dpo_jax.judging import votes as votes_lib
+
+
+def summarise(
+  votes: Sequence[votes_lib.Vote],
+  *,
+  mode: str,
+  questions: Sequence[str],
+  min_votes: int = 1,
+) -> dict[str, Any]:
+  """What is known by question: win rate or shares, agreement, counts."""
+  found = {}
+  for question in questions:
+    items = vote_stats.by_item(votes, question)
+    judges = sorted({judge for given in items.values() for judge in given})
+    one = {
+      'items': len(items),
+      'votes': sum(map(len, items.values())),
+      'judges': judges,
+      'krippendorff_alpha': vote_stats.krippendorff(items),
+    }
+    if mode == items_lib.PAIRS:
+      one['win_rate'] = vote_stats.win_rate(items, min_votes=min_votes)
+    else:
+      one['shares'] = vote_stats.shares(items, items_lib.CHOICES[mode])
+    found[question] = one
+  return found
+
+
+def describe(summary: Mapping[str, Any]) -> str:
+  """The table for a terminal."""
+  lines = []
+  for question, one in summary.items():
+    alpha = one['krippendorff_alpha']
+    agreement = 'no item has two different judges'
+    if alpha is not None:
+      agreement = f"Krippendorff's alpha {alpha:.2f}"
+    lines.append(
+      f'{question}: {one["votes"]} votes of {len(one["judges"])} judges on '
+      f'{one["items"]} items; {agreement}'
+    )
+    rate = one.get('win_rate')
+    if rate and rate['value'] is not None:
+      lines.append(
+        f'  b wins {100 * rate["value"]:.1f}% [{100 * rate["low"]:.1f}, '
+        f'{100 * rate["high"]:.1f}] of {rate["n"]} pairs; sign test p '
+        f'{rate["p_value"]:.2g}'
+      )
+    for choice, share in one.get('shares', {}).items():
+      lines.append(
+        f'  {choice} {100 * share["value"]:.1f}% [{100 * share["low"]:.1f}, '
+        f'{100 * share["high"]:.1f}]'
+      )
+  return '\n'.join(lines)
+
+
+def write(
+  folder: str | os.PathLike,
+  items: Sequence[items_lib.Item],
+  votes: Sequence[votes_lib.Vote],
+  *,
+  mode: str,
+  question: str,
+  questions: Sequence[str],
+  min_votes: int = 1,
+) -> dict[str, int]:
+  """Writes DIR/pairs.jsonl or likes.jsonl, its pictures, and votes.json.
+
+  `python -m dpo_jax.tools.prepare --format=jsonl --source=DIR/...` reads them.
+  Of a pair the majority at `question` wins, and ties and even votes are left
+  out; of single pictures benign is liked, malign is not, and what is unsure is
+  left out. Returns counts of what was kept and left out.
+  """
+  folder = pathlib.Path(folder)
+  (folder / 'pictures').mkdir(parents=True, exist_ok=True)
+  given = vote_stats.by_item(votes, question)
+  even = 'tie' if mode == items_lib.PAIRS else 'unsure'
+  lines, counts = [], {'kept': 0, even: 0, 'too_few_votes': 0, 'no_vote': 0}
+  for number, item in enumerate(items):
+    choices = list(given.get(item.key, {}).values())
+    if len(choices) < max(1, min_votes):
+      counts['too_few_votes' if choices else 'no_vote'] += 1
+      continue
+    choice = vote_stats.majority(choices, even=even)
+    if choice == even:
+      counts[even] += 1
+      continue
+    names = []
+    for side, path in enumerate(item.pictures):
+      # Names of our own: a file's may be anything.
+      name = f'pictures/{number:06d}_{side}{path.suffix.lower()}'
+      shutil.copyfile(path, folder / name)
+      names.append(name)
+    lines.append(_line(item, names, choice, mode))
+    counts['kept'] += 1
+  name = 'pairs.jsonl' if mode == items_lib.PAIRS else 'likes.jsonl'
+  text = ''.join(json.dumps(line) + '\n' for line in lines)
+  pages.write_whole(folder / name, text)
+  summary = summarise(
+    votes, mode=mode, questions=questions, min_votes=min_votes
+  )
+  record = pages.plain({'counts': counts, 'questions': summary})
+  pages.write_whole(folder / 'votes.json', json.dumps(record, indent=2) + '\n')
+  return counts
+
+
+def _line(item, names, choice, mode) -> dict[str, Any]:
+  if mode == items_lib.LIKES:
+    return {
+      'caption': item.prompt,
+      'image': names[0],
+      'liked': choice == 'benign',
+    }
+  winner = 0 if choice == 'a' else 1
+  return {
+    'caption': item.prompt,
+    'winner': names[winner],
+    'loser': names[1 - winner],
+    'winner_generator': 'ab'[winner],
+    'loser_generator': 'ba'[winner],
+  }
