@@ -175,16 +175,8 @@ def open_prepared(
   Raises ValueError, naming the folder, for what is no prepared folder of
   this kind, for weights that do not fit, and where nothing is left for a side.
   """
-  if kind not in prepared.KINDS:
-    raise ValueError(
-      f'kind {kind!r}: must be one of {", ".join(prepared.KINDS)}'
-    )
+  _check_mixture(kind, weights, paths)
   noise_lib.check(label_noise)
-  if weights and len(weights) != len(paths):
-    raise ValueError(
-      f'data.weights={tuple(weights)}: {len(weights)} weights for '
-      f'{len(paths)} folders; give one for each, or none'
-    )
   opened, held = (
     [prepared.open_folder(p, kind=kind, use_cache=use_cache) for p in some]
     for some in (paths, eval_paths)
@@ -213,6 +205,18 @@ def open_prepared(
       prepared.find_prompts, sides.held, sides.held_hashes
     ),
   )
+
+
+def _check_mixture(kind, weights, paths):
+  if kind not in prepared.KINDS:
+    raise ValueError(
+      f'kind {kind!r}: must be one of {", ".join(prepared.KINDS)}'
+    )
+  if weights and len(weights) != len(paths):
+    raise ValueError(
+      f'data.weights={tuple(weights)}: {len(weights)} weights for '
+      f'{len(paths)} folders; give one for each, or none'
+    )
 
 
 class _Sides(NamedTuple):
