@@ -254,6 +254,31 @@ def _with_ref_errors(config, loader, opened, data):
   )
 
 
+def _make_loaders(config, data, opened, tokenizer):
+  """(endless batches to train on, held-out batches by epoch)."""
+  # Each process loads its part of every batch, in evaluation too.
+  sizes = {
+    'seed': config.seed,
+    'resolution': config.data.resolution,
+    'process_index': jax.process_index(),
+    'process_count': jax.process_count(),
+  }
+  loader = datasets.make_loader(
+    data.train,
+    tokenizer,
+    batch_size=config.train.batch_size,
+    random_crop=config.data.random_crop,
+    flip=config.data.flip,
+    **sizes,
+  )
+  if config.model.ref_errors:
+    loader = _with_ref_errors(config, loader, opened, data)
+  held_batches = datasets.make_held_batches(
+    data.held, tokenizer, batch_size=config.eval.batch_size, **sizes
+  )
+  return loader, held_batches
+
+
 def build(
   config: ml_collections.ConfigDict,
   *,
@@ -292,26 +317,7 @@ def build(
   if data.all_images is not None:
     cut = _count_cut(tokenizer, data.all_images.captions)
     counts = counts | {'captions_cut': cut}
-  # Each process loads its part of every batch, in evaluation too.
-  sizes = {
-    'seed': config.seed,
-    'resolution': config.data.resolution,
-    'process_index': jax.process_index(),
-    'process_count': jax.process_count(),
-  }
-  loader = datasets.make_loader(
-    data.train,
-    tokenizer,
-    batch_size=config.train.batch_size,
-    random_crop=config.data.random_crop,
-    flip=config.data.flip,
-    **sizes,
-  )
-  if config.model.ref_errors:
-    loader = _with_ref_errors(config, loader, opened, data)
-  held_batches = datasets.make_held_batches(
-    data.held, tokenizer, batch_size=config.eval.batch_size, **sizes
-  )
+  loader, held_batches = _make_loaders(config, data, opened, tokenizer)
   optimizer, schedule = from_config.make_optimizer(config)
   source = opened and opened.source
   return Job(

@@ -173,33 +173,22 @@ def open_prepared(
   folders that are held out instead; no caption of theirs is trained on.
   Without `use_cache` pictures are decoded though latents are there.
   label_noise: as for read_parquet, and of a like `liked` becomes 1 - liked;
-  how many that are is not counted, since the ids are in the records.
+  how many that are is not counted, since the ids are in the records. labels:
+  who wins the training pairs, and which are kept; held-out ones keep the labels
+  of the records.
 
   Raises ValueError, naming the folder, for what is no prepared folder of
   this kind, for weights that do not fit, and where nothing is left for a side.
   """
-  if kind not in prepared.KINDS:
-    raise ValueError(
-      f'kind {kind!r}: must be one of {", ".join(prepared.KINDS)}'
-    )
   labels = labels or labelling.Labelling()
-  if kind != 'pairs' and (labels.winner or labels.min_agree):
-    raise ValueError(
-      f'data.winner={labels.winner!r}, data.consensus={labels.consensus}: are '
-      'for pairs; likes have no winner'
-    )
+  _check_mixture(kind, weights, paths, labels)
   noise_lib.check(label_noise)
-  if weights and len(weights) != len(paths):
-    raise ValueError(
-      f'data.weights={tuple(weights)}: {len(weights)} weights for '
-      f'{len(paths)} folders; give one for each, or none'
-    )
   opened, held = (
     [prepared.open_folder(p, kind=kind, use_cache=use_cache) for p in some]
     for some in (paths, eval_paths)
   )
   opened, fingerprint = _with_columns(opened, labels)
-  held, _ = _with_columns(held, labels)
+  held, _ = _with_columns(held, labelling.Labelling(columns=labels.columns))
   sides = _split_sources(opened, held, holdout)
   _check_sides(sides.train, sides.held, paths, holdout)
   counts = prepared.sum_counts(opened) | {
@@ -224,6 +213,23 @@ def open_prepared(
       prepared.find_prompts, sides.held, sides.held_hashes
     ),
   )
+
+
+def _check_mixture(kind, weights, paths, labels):
+  if kind not in prepared.KINDS:
+    raise ValueError(
+      f'kind {kind!r}: must be one of {", ".join(prepared.KINDS)}'
+    )
+  if weights and len(weights) != len(paths):
+    raise ValueError(
+      f'data.weights={tuple(weights)}: {len(weights)} weights for '
+      f'{len(paths)} folders; give one for each, or none'
+    )
+  if kind != 'pairs' and (labels.winner or labels.min_agree):
+    raise ValueError(
+      f'data.winner={labels.winner!r}, data.consensus={labels.consensus}: are '
+      'for pairs; likes have no winner'
+    )
 
 
 def _with_columns(sources, labels):

@@ -61,10 +61,9 @@ def _final(result: loop.Result) -> types.Params:
   return jax.tree.map(trees.fetch, state_lib.final_params(result.state))
 
 
-def _trained(job: build.Job, result: loop.Result) -> types.Params:
+def _complete(job: build.Job, params: types.Params) -> types.Params:
   """The trained components, whole."""
-  params, task = _final(result), job.loop_arguments['task']
-  return task.complete(params, job.opened.params) if job.opened else params
+  return job.loop_arguments['task'].complete(params, job.opened.params)
 
 
 def _pictures(encoded: list[bytes], resolution: int) -> np.ndarray:
@@ -87,7 +86,7 @@ def _as_float(images: np.ndarray) -> np.ndarray:
 
 
 def _finish_classify(job, result, path):
-  params = _trained(job, result)['classifier']
+  params = _final(result)['classifier']
   if not distributed.is_primary():
     return
   classifiers.save(
@@ -112,18 +111,17 @@ def _save_model(job, path, trained):
     )
 
 
-def _save_adapters(job, result, path):
+def _save_adapters(job, path, params):
   """The adapters alone, where they were trained, in both layouts."""
   settings = job.adapters
   if settings is None or not distributed.is_primary():
     return
-  adapters = _final(result)['unet']
   folder = path / 'lora'
   folder.mkdir(exist_ok=True)
   for names in lora_names.LAYOUTS:
     lora_files.save(
       folder / f'{names}.safetensors',
-      adapters,
+      params['unet'],
       settings,
       config=job.opened.model.unet.config,
       names=names,
@@ -133,7 +131,7 @@ def _save_adapters(job, result, path):
 
 def _finish_autoencode(job, result, path):
   """Exports the VAE with the scaling factor its latents ask for."""
-  params = _trained(job, result)['vae']
+  params = _final(result)['vae']
   if not distributed.is_primary():
     return
   resolution = job.record['data']['resolution']
@@ -231,7 +229,7 @@ def _quality(job: build.Job, images, captions) -> dict[str, float]:
 
 
 def _finish_denoise(job, result, path):
-  trained = _trained(job, result)
+  trained = _final(result)
   _save_model(job, path, trained)
   captions, seeds = _prompts(job)
   images = _make_sampler(job, captions, seeds)(job.opened.params | trained)
@@ -268,11 +266,12 @@ def _finish_denoise(job, result, path):
 
 def _finish_preference(job, result, path):
   started = time.monotonic()
-  trained = _trained(job, result)
+  params = _final(result)
+  trained = _complete(job, params)
   _save_model(job, path, trained)
+  _save_adapters(job, path, params)
   captions, seeds = _prompts(job)
   sample = _make_sampler(job, captions, seeds)
-  _save_adapters(job, result, path)
   with progress.Progress(0, 3, label='evaluate') as bar:
     base = sample(job.opened.params)
     bar.update(1, {})
@@ -280,7 +279,7 @@ def _finish_preference(job, result, path):
     bar.update(2, {})
     accuracy = None
     if _holds_pairs(job):
-      accuracy = _implicit_accuracy(job, _final(result))
+      accuracy = _implicit_accuracy(job, params)
     bar.update(3, {})
   if not distributed.is_primary():
     return

@@ -73,9 +73,16 @@ class Flow:
     self, x_0: types.Latents, eps: types.Latents, t: types.Timesteps
   ) -> types.Latents:
     """x_t [n ...] = (1 - s) x_0 + s eps; `t` [n] leads the shape."""
-    alpha_t, sigma_t = self.alpha_sigma(t)
-    expand = (...,) + (None,) * (x_0.ndim - t.ndim)
-    return alpha_t[expand] * x_0 + sigma_t[expand] * eps
+    return mix(self, x_0, eps, t)
+
+
+def mix(
+  schedule: Any, x_0: types.Latents, eps: types.Latents, t: types.Timesteps
+) -> types.Latents:
+  """x_t = alpha_t x_0 + sigma_t eps of any schedule; `t` leads the shape."""
+  alpha_t, sigma_t = schedule.alpha_sigma(t)
+  expand = (...,) + (None,) * (x_0.ndim - t.ndim)
+  return alpha_t[expand] * x_0 + sigma_t[expand] * eps
 
 
 def shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:

@@ -92,9 +92,7 @@ class Schedule:
     self, x_0: types.Latents, eps: types.Latents, t: types.Timesteps
   ) -> types.Latents:
     """x_t [n ...] = alpha_t x_0 + sigma_t eps; `t` [n] leads the shape."""
-    alpha_t, sigma_t = self.alpha_sigma(t)
-    expand = (...,) + (None,) * (x_0.ndim - t.ndim)
-    return alpha_t[expand] * x_0 + sigma_t[expand] * eps
+    return flow_lib.mix(self, x_0, eps, t)
 
 
 def make_tables(

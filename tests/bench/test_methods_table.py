@@ -63,7 +63,8 @@ def test_the_table():
   assert cells[1].startswith('91.0 [88.') and cells[2] == '90.0, 91.0, 92.0'
   assert cells[3].startswith('95.0 [93.') and cells[4].startswith('80.0 [')
   assert cells[5] == '0.0200 [0.0000, 0.0448]'
-  assert cells[6:] == ['400', '3']
+  # The fastest seed's step.
+  assert cells[6:] == ['300', '3']
   cells = [cell.strip() for cell in lines[2].split('|')[1:-1]]
   assert cells[0] == 'base' and cells[3].endswith('100.0]')
   assert cells[4:] == ['', '', '', '']
