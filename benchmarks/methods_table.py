@@ -229,14 +229,17 @@ def plot(rows: Sequence[Row], path: str) -> None:
   matplotlib.use('Agg')
   from matplotlib import pyplot
 
-  figure, panels = pyplot.subplots(1, 2, figsize=(9, 4), dpi=90, sharey=True)
+  figure, panels = pyplot.subplots(1, 2, figsize=(10, 5), dpi=90)
   shown = [row for row in rows if row.measures['style_share'] is not None]
+  points: list[list[tuple[str, float, float]]] = [[], []]
   for i, row in enumerate(shown):
     style = _as_percent(row.measures['style_share'])
-    retrieval = _as_percent(row.measures['retrieval'])
-    drift = row.measures['drift'] or Interval(0.0, 0.0, 0.0, ())
+    places = [_as_percent(row.measures['retrieval']), row.measures['drift']]
     marker = 's' if row.method.endswith('_noisy') else 'o'
-    for axes, x in zip(panels, (retrieval, drift), strict=True):
+    for axes, x, own in zip(panels, places, points, strict=True):
+      # The base has no drift.
+      if x is None:
+        continue
       axes.errorbar(
         x.value,
         style.value,
@@ -247,27 +250,39 @@ def plot(rows: Sequence[Row], path: str) -> None:
         elinewidth=0.6,
         color=f'C{i % 10}',
       )
-      axes.annotate(
-        row.method,
-        (x.value, style.value),
-        textcoords='offset points',
-        xytext=(4, 3),
-        fontsize=7,
-      )
+      own.append((row.method, x.value, style.value))
   panels[0].set(
     xlabel='retrieval of the own caption, %',
     ylabel='pictures in the preferred style, %',
   )
   panels[1].set(xlabel='drift from the base, mean squared eps_hat')
-  for axes in panels:
-    # Room for the names.
-    axes.margins(x=0.12)
+  panels[1].set_xscale('log')
+  panels[1].set_ylim(panels[0].get_ylim())
+  for axes, own in zip(panels, points, strict=True):
     axes.grid(alpha=0.3)
+    _name(axes, own)
   figure.suptitle('95% intervals; squares: 20% of the labels swapped')
   figure.tight_layout()
   pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path)
   pyplot.close(figure)
+
+
+def _name(axes, points: Sequence[tuple[str, float, float]]) -> None:
+  """Writes the names beside the panel, apart from one another."""
+  low, high = axes.get_ylim()
+  room, below = 0.037 * (high - low), -math.inf
+  for name, x, y in sorted(points, key=lambda point: point[2]):
+    below = max(y, below + room)
+    axes.annotate(
+      name,
+      (x, y),
+      xytext=(1.03, (below - low) / (high - low)),
+      textcoords='axes fraction',
+      va='center',
+      fontsize=7,
+      arrowprops={'arrowstyle': '-', 'lw': 0.4, 'color': '0.6'},
+    )
 
 
 def _as_percent(found: Interval) -> Interval:
