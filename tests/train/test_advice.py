@@ -100,13 +100,18 @@ def test_a_flat_run_is_told_once_and_only_after_the_warmup():
   'values',
   [
     {'accuracy': 0.5, 'margin': 0.05},
-    {'accuracy': 0.56, 'margin': 0.0},
     {'accuracy': 0.4, 'margin': -0.3},
-    {'accuracy': 0.4, 'margin': 0.0},
   ],
 )
 def test_a_run_that_moves_is_not_flat(values):
   assert _run(lambda x: _values(**values)) == []
+
+
+@pytest.mark.parametrize('accuracy', [0.4, 0.56, 0.75])
+def test_tiny_margins_are_flat_whatever_their_signs(accuracy):
+  """The flat run of docs/healthy_run.md ended at 0.75, with margin 0.004."""
+  said = _run(lambda x: _values(accuracy=accuracy, margin=0.004 * x))
+  assert len(said) == 1 and f'accuracy {accuracy:.3f}' in said[0][1]
 
 
 def test_one_window_that_moves_begins_the_count_again():
