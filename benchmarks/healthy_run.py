@@ -76,7 +76,10 @@ def plot(runs: dict[str, list[dict[str, float]]], path: pathlib.Path) -> None:
 
     draw(column[0], {'loss': 'loss'})
     column[0].axhline(0.6931, color='0.7', lw=0.8)
+    # One scale: a thousandth is no fall, and no margin.
+    column[0].set_ylim(0, 0.75)
     draw(column[1], {'reward/margin': 'margin'})
+    column[1].set_ylim(bottom=-0.5, top=max(1.0, column[1].get_ylim()[1]))
     draw(column[2], {'reward/accuracy': 'accuracy'})
     column[2].set_ylim(0.3, 1.02)
     draw(
@@ -87,6 +90,7 @@ def plot(runs: dict[str, list[dict[str, float]]], path: pathlib.Path) -> None:
     shares = [_mean(records, f'reward/accuracy_t{i}') for i in range(BINS)]
     column[4].bar(range(BINS), shares, color='C0')
     column[4].set_ylim(0.3, 1.02)
+    column[4].set_xticks(range(BINS))
     column[0].set_title(name)
   for row, label in zip(
     axes[:, 0],
@@ -95,7 +99,7 @@ def plot(runs: dict[str, list[dict[str, float]]], path: pathlib.Path) -> None:
       'reward/margin',
       'reward/accuracy',
       'err/delta',
-      'accuracy by timestep\n(0: little noise)',
+      'accuracy in bins\n(0: little noise)',
     ),
     strict=True,
   ):

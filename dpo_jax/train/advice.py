@@ -12,6 +12,9 @@ SHARE = 0.1
 # 10 degrees of freedom, which white noise reaches 3 times in a million, as
 # winner and loser share their draws and are no two witnesses.
 SPREADS = 8.0
+# Both errors that have doubled, in so many windows in a row, are a collapse
+# however unevenly they rise: one that goes fast is no straight line.
+DOUBLED, DOUBLED_WINDOWS = 1.0, 3
 # Flat: |margin| below this (ln 2 - loss is then under 0.005) in each of the
 # windows. Accuracy does not tell: margins of a millionth may all be positive.
 MARGIN = 0.01
@@ -37,9 +40,10 @@ class Collapse:
   A collapse: err/delta_win and err/delta_lose are both above SHARE of the
   reference's error in each of the last WINDOWS windows, and a straight line
   through each of them rises by more than SPREADS times their scatter around
-  it. A healthy run has a falling or level delta_win; a loser that gets worse
-  alone is what the loss asks for. Flat: reward/margin stays at 0 for as many
-  windows, after WARMUPS warmups.
+  it; or both are above DOUBLED in each of the last DOUBLED_WINDOWS. A healthy
+  run has a falling or level delta_win; a loser that gets worse alone is what
+  the loss asks for. Flat: reward/margin stays at 0 for as many windows, after
+  WARMUPS warmups.
   """
 
   def __init__(self, *, warmup_steps: int):
@@ -64,10 +68,8 @@ class Collapse:
     if found is None or 'collapse' in self._said:
       return None
     self._collapse.append(found)
-    if len(self._collapse) < WINDOWS:
-      return None
     wins, loses = zip(*self._collapse, strict=True)
-    if not all(min(row) > SHARE and _rises(row) for row in (wins, loses)):
+    if not (_are_doubled(wins, loses) or _rise_together(wins, loses)):
       return None
     self._said.add('collapse')
     return _COLLAPSE.format(step=step, win=wins[-1], lose=loses[-1])
@@ -100,6 +102,18 @@ def _shares(values):
     return None
   win, lose, ref_win, ref_lose = found
   return win / ref_win, lose / ref_lose
+
+
+def _are_doubled(*rows):
+  return len(rows[0]) >= DOUBLED_WINDOWS and all(
+    min(row[-DOUBLED_WINDOWS:]) > DOUBLED for row in rows
+  )
+
+
+def _rise_together(*rows):
+  return len(rows[0]) == WINDOWS and all(
+    min(row) > SHARE and _rises(row) for row in rows
+  )
 
 
 def _rises(row):

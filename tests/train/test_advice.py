@@ -77,6 +77,25 @@ def test_noise_around_the_reference_does_not_trigger(seed):
   assert _run(lambda x: _values(win=noise(), lose=noise())) == []
 
 
+def test_errors_that_doubled_are_told_at_once_however_they_got_there():
+  """Shares of the collapsing run of docs/healthy_run.md, every 5 steps."""
+  wins = [0.0, 0.03, 0.9, 4.7, 15.0, 51.4, 82.2, 110.0, 95.0, 152.0, 141.0]
+  loses = [0.0, 0.04, 1.1, 5.5, 20.7, 73.4, 119.2, 160.0, 190.0, 217.0, 242.0]
+  looks = advice.Collapse(warmup_steps=0)
+  said = [
+    looks.look(i, _values(win=win, lose=lose))
+    for i, (win, lose) in enumerate(zip(wins, loses, strict=True))
+  ]
+  # The third window above one.
+  assert [bool(line) for line in said].index(True) == 5
+  assert sum(map(bool, said)) == 1 and 'both rise' in said[5]
+
+
+def test_a_loser_that_doubled_alone_is_no_collapse():
+  assert _run(lambda x: _values(win=0.5, lose=9.0)) == []
+  assert _run(lambda x: _values(win=9.0, lose=0.5)) == []
+
+
 def test_both_must_rise_and_stand_above_the_share():
   assert _run(lambda x: _values(win=0.5, lose=0.2 + 2 * x)) == []
   assert _run(lambda x: _values(win=0.2 + 2 * x, lose=0.5)) == []
@@ -131,6 +150,8 @@ def test_windows_without_the_numbers_are_passed_over():
       # No window of the twelve, and none that ends them.
       assert looks.look(i, {'loss': 0.5}) is None
       assert looks.look(i, absent) is None
-    lines.append(looks.look(i, _values(win=0.3 + 0.1 * i, lose=0.3 + 0.1 * i)))
+    lines.append(
+      looks.look(i, _values(win=0.3 + 0.05 * i, lose=0.3 + 0.05 * i))
+    )
   assert lines[:-1] == [None] * (advice.WINDOWS - 1)
   assert 'both rise' in lines[-1]
