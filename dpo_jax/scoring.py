@@ -50,20 +50,24 @@ def open_scorer(
   *,
   mesh: jax.sharding.Mesh,
   tokenizer: str = '',
-  dtype: str = 'float32',
+  dtype: str = 'auto',
   batch_size: int = 0,
 ) -> scorers.Scorer:
   """The judge of a name, with the weights of a folder.
 
   `folder` is one that weights.clip_files reads; of `aesthetic` it also holds
   aesthetic.safetensors. tokenizer: folder of vocab.json and merges.txt, where
-  that is not the scorer's own. dtype: of parameters and compute. batch_size:
-  captions at once, 0 for 8 a device.
+  that is not the scorer's own. dtype: of parameters and compute; 'auto' is
+  float32 on a CPU and bfloat16 elsewhere. batch_size: captions at once, 0 for 8
+  a device.
 
   Raises:
     ValueError: one line naming the file that is missing or wrong.
   """
   path = pathlib.Path(folder)
+  if dtype == 'auto':
+    on_cpu = mesh.devices.flat[0].platform == 'cpu'
+    dtype = 'float32' if on_cpu else 'bfloat16'
   config, params = clip_files.load(path, dtype=dtype)
   model = clip_pair.CLIP(config, dtype=jnp.dtype(dtype))
   params = {'clip': params}

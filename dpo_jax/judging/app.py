@@ -155,44 +155,52 @@ class Session:
     return {'item': item.key, 'question': question, 'choice': choice}
 
 
-def make_app(
-  session: Session, *, hosts: Sequence[str], token: str = ''
-) -> applications.Starlette:
-  """The application.
+class _Guard:
+  """Who is answered: this page's own requests, to its own names."""
 
-  hosts: values of the Host header that are answered, NAME:PORT. token: what a
-  browser must bring once (?token=), '' for none.
-  """
+  def __init__(self, hosts: Sequence[str], token: str):
+    self._hosts, self.token = tuple(hosts), token
 
-  def refuse(request: requests.Request, *, post: bool):
+  def refuse(
+    self, request: requests.Request, *, post: bool = False
+  ) -> responses.Response | None:
     """Why a request is not answered, None if it is."""
-    if request.headers.get('host') not in hosts:
+    if request.headers.get('host') not in self._hosts:
       return _error(421, 'this page is not served under that name')
-    if token and not _knows(request, token):
+    if self.token and not _knows(request, self.token):
       return _error(403, 'open the page with the ?token=... that was printed')
     if not post:
       return None
     origin = request.headers.get('origin')
     kind = request.headers.get('content-type', '').partition(';')[0]
     site = request.headers.get('sec-fetch-site', 'same-origin')
-    if origin is not None and origin.partition('://')[2] not in hosts:
-      return _error(403, 'votes come from this page only')
-    if site not in ('same-origin', 'none') or kind != 'application/json':
+    own = origin is None or origin.partition('://')[2] in self._hosts
+    own = own and site in ('same-origin', 'none')
+    if not own or kind != 'application/json':
       return _error(403, 'votes come from this page only')
     return None
 
-  def page(request):
-    refused = refuse(request, post=False)
+
+class _Handlers:
+  """What answers each address."""
+
+  def __init__(self, session: Session, guard: _Guard):
+    self._session, self._guard = session, guard
+
+  def page(self, request: requests.Request) -> responses.Response:
+    refused = self._guard.refuse(request)
     if refused is not None:
       return refused
     response = _headers(responses.Response(_asset('page.html')))
     response.headers['content-type'] = 'text/html; charset=utf-8'
-    if token:
-      response.set_cookie(COOKIE, token, httponly=True, samesite='strict')
+    if self._guard.token:
+      response.set_cookie(
+        COOKIE, self._guard.token, httponly=True, samesite='strict'
+      )
     return response
 
-  def asset(request):
-    refused = refuse(request, post=False)
+  def asset(self, request: requests.Request) -> responses.Response:
+    refused = self._guard.refuse(request)
     name = request.path_params['name']
     if refused is not None:
       return refused
@@ -201,9 +209,9 @@ def make_app(
     kind = mimetypes.guess_type(name)[0]
     return _headers(responses.Response(_asset(name), media_type=kind))
 
-  def picture(request):
-    refused = refuse(request, post=False)
-    path = session.picture(request.path_params['name'])
+  def picture(self, request: requests.Request) -> responses.Response:
+    refused = self._guard.refuse(request)
+    path = self._session.picture(request.path_params['name'])
     if refused is not None:
       return refused
     if path is None:
@@ -213,60 +221,71 @@ def make_app(
     response.headers['cache-control'] = 'private, max-age=86400'
     return response
 
-  def next_(request):
-    refused = refuse(request, post=False)
+  def next(self, request: requests.Request) -> responses.Response:
+    refused = self._guard.refuse(request)
     judge = request.query_params.get('judge', '')
     if refused is not None:
       return refused
     if not votes_lib.JUDGE.fullmatch(judge):
       return _error(400, "a judge's name has 1 to 64 letters and digits")
-    return _headers(responses.JSONResponse(session.next(judge)))
+    return _headers(responses.JSONResponse(self._session.next(judge)))
 
-  async def read(request) -> dict[str, Any]:
-    body = bytearray()
-    async for chunk in request.stream():
-      body += chunk
-      if len(body) > MAX_BODY:
-        raise votes_lib.Refused('more than a page of votes')
-    try:
-      values = json.loads(bytes(body))
-    except (ValueError, RecursionError) as error:
-      raise votes_lib.Refused('not JSON') from error
-    if not isinstance(values, dict):
-      raise votes_lib.Refused('not an object')
-    return values
+  async def vote(self, request: requests.Request) -> responses.Response:
+    return await self._post(request, self._session.vote)
 
-  async def post(request, act):
-    refused = refuse(request, post=True)
+  async def undo(self, request: requests.Request) -> responses.Response:
+    votes = self._session.votes
+    return await self._post(
+      request, lambda judge, body: votes.undo(body.get('id'), judge)
+    )
+
+  async def _post(self, request, act) -> responses.Response:
+    """Acts on what was sent, and answers with what is next."""
+    refused = self._guard.refuse(request, post=True)
     if refused is not None:
       return refused
     try:
-      body = await read(request)
+      body = await _read(request)
       judge = str(body.get('judge', ''))
-      found = act(judge, body) or {}
-      return _headers(
-        responses.JSONResponse(session.next(judge) | {'undone': found})
-      )
+      act(judge, body)
+      return _headers(responses.JSONResponse(self._session.next(judge)))
     except votes_lib.Refused as error:
       return _error(409, str(error))
 
-  async def vote(request):
-    return await post(request, session.vote)
 
-  async def undo(request):
-    return await post(
-      request,
-      lambda judge, body: session.votes.undo(body.get('id'), judge),
-    )
+async def _read(request: requests.Request) -> dict[str, Any]:
+  """The JSON object that was sent; Refused for anything else."""
+  body = bytearray()
+  async for chunk in request.stream():
+    body += chunk
+    if len(body) > MAX_BODY:
+      raise votes_lib.Refused('more than a page of votes')
+  try:
+    values = json.loads(bytes(body))
+  except (ValueError, RecursionError) as error:
+    raise votes_lib.Refused('not JSON') from error
+  if not isinstance(values, dict):
+    raise votes_lib.Refused('not an object')
+  return values
 
+
+def make_app(
+  session: Session, *, hosts: Sequence[str], token: str = ''
+) -> applications.Starlette:
+  """The application.
+
+  hosts: values of the Host header that are answered, NAME:PORT. token: what a
+  browser must bring once (?token=), '' for none.
+  """
+  handlers = _Handlers(session, _Guard(hosts, token))
   return applications.Starlette(
     routes=[
-      routing.Route('/', page),
-      routing.Route('/next', next_),
-      routing.Route('/vote', vote, methods=['POST']),
-      routing.Route('/undo', undo, methods=['POST']),
-      routing.Route('/picture/{name}', picture),
-      routing.Route('/{name}', asset),
+      routing.Route('/', handlers.page),
+      routing.Route('/next', handlers.next),
+      routing.Route('/vote', handlers.vote, methods=['POST']),
+      routing.Route('/undo', handlers.undo, methods=['POST']),
+      routing.Route('/picture/{name}', handlers.picture),
+      routing.Route('/{name}', handlers.asset),
     ]
   )
 

@@ -63,10 +63,6 @@ def main(argv: Sequence[str]) -> None:
   pairs = comparison.open_pairs(*folders)
   groups = comparison.read_groups(values.prompts) if values.prompts else {}
   mesh = sharding.make_mesh()
-  dtype = values.score_dtype
-  if dtype == 'auto':
-    on_cpu = mesh.devices.flat[0].platform == 'cpu'
-    dtype = 'float32' if on_cpu else 'bfloat16'
   scores, results, sources = {}, {}, {}
   for name, folder in wanted.items():
     scorer = scoring.open_scorer(
@@ -74,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
       folder,
       mesh=mesh,
       tokenizer=values.tokenizer,
-      dtype=dtype,
+      dtype=values.score_dtype,
       batch_size=values.score_batch or 0,
     )
     sources[name] = scorer.source

@@ -59,10 +59,6 @@ def main(argv: Sequence[str]) -> None:
   given = records.open_folder(values.data, kind=kind, split=values.split)
   wanted = scoring.parse(values.scorers) if values.scorers else {}
   mesh = sharding.make_mesh()
-  dtype = values.dtype
-  if dtype == 'auto':
-    on_cpu = mesh.devices.flat[0].platform == 'cpu'
-    dtype = 'float32' if on_cpu else 'bfloat16'
   _read_labels(given, kind, values.chunk)
   for name, folder in wanted.items():
     scorer = scoring.open_scorer(
@@ -70,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
       folder,
       mesh=mesh,
       tokenizer=values.tokenizer,
-      dtype=dtype,
+      dtype=values.dtype,
       batch_size=values.batch or 0,
     )
     score(given, kind, scorer, chunk=values.chunk)

@@ -74,42 +74,55 @@ def test_a_choice_is_of_the_picture_and_not_of_the_side(
   assert 'b wins 100.0%' in text
 
 
-def test_kills_lose_no_acknowledged_vote(start, tmp_path):
-  """3 judges vote while the server is killed again and again."""
-  first = start()
-  acknowledged, lock = [], threading.Lock()
+def vote_all(server, name, choice, acknowledged):
+  """Votes until nothing is left, whatever happens to the server."""
+  found = None
+  while found is None or found['shown']:
+    try:
+      if found is None:
+        found = server.next(name)
+        continue
+      (one,) = found['shown']
+      number = f'{name}-{one["item"].replace(".", "_")}'
+      status, answer = server.vote(name, [one], choice, number)
+      assert status == 200
+      acknowledged.append((name, one['item']))
+      found = answer
+    except OSError:
+      threading.Event().wait(0.05)
 
-  def work(name):
-    found, wait = None, threading.Event()
-    while found is None or found['shown']:
-      try:
-        if found is None:
-          found = first.next(name)
-          continue
-        (one,) = found['shown']
-        number = f'{name}-{one["item"].replace(".", "_")}'
-        status, answer = first.vote(name, [one], 'tie', number)
-        assert status == 200
-        with lock:
-          acknowledged.append((name, one['item']))
-        found = answer
-      except OSError:
-        wait.wait(0.05)
 
-  names = ['ann', 'bob', 'eve']
-  threads = [threading.Thread(target=work, args=[name]) for name in names]
+def start_judges(server, names, choice):
+  """(threads that vote, what is acknowledged to them)."""
+  acknowledged = []
+  threads = [
+    threading.Thread(target=vote_all, args=[server, name, choice, acknowledged])
+    for name in names
+  ]
   for thread in threads:
     thread.start()
+  return threads, acknowledged
+
+
+def written(tmp_path):
+  """(judge, item) of the lines of votes."""
+  lines = judge_server.read_votes(tmp_path / 'votes.jsonl')
+  return [(line['judge'], line['votes'][0]['item']) for line in lines]
+
+
+def test_kills_lose_no_acknowledged_vote(start, tmp_path):
+  """3 judges vote while the server is killed again and again."""
+  server = start()
+  threads, acknowledged = start_judges(server, ['ann', 'bob', 'eve'], 'tie')
   for _ in range(3):
-    first.kill()
-    first.start()
+    server.kill()
+    server.start()
   for thread in threads:
     thread.join(60)
     assert not thread.is_alive()
-  lines = judge_server.read_votes(tmp_path / 'votes.jsonl')
-  written = [(line['judge'], line['votes'][0]['item']) for line in lines]
-  assert len(written) == len(set(written)) == 18
-  assert set(acknowledged) == set(written)
+  found = written(tmp_path)
+  assert len(found) == len(set(found)) == 18
+  assert set(acknowledged) == set(found)
 
 
 @pytest.mark.slow
@@ -123,39 +136,18 @@ def test_10000_votes_with_5_kills(start, tmp_path):
     for draw in range(2)
   ]
   server = start(f'--a={folders[0]}', f'--b={folders[1]}')
-  acknowledged = [0]
-
-  def work(name):
-    found = None
-    while found is None or found['shown']:
-      try:
-        if found is None:
-          found = server.next(name)
-          continue
-        (one,) = found['shown']
-        number = f'{name}-{one["item"].replace(".", "_")}'
-        status, answer = server.vote(name, [one], 'left', number)
-        assert status == 200
-        acknowledged[0] += 1
-        found = answer
-      except OSError:
-        threading.Event().wait(0.05)
-
-  threads = [
-    threading.Thread(target=work, args=[f'judge{i}']) for i in range(4)
-  ]
-  for thread in threads:
-    thread.start()
+  names = [f'judge{i}' for i in range(4)]
+  threads, acknowledged = start_judges(server, names, 'left')
   for kill in range(1, 6):
-    while acknowledged[0] < kill * 1500:
+    while len(acknowledged) < kill * 1500:
       threading.Event().wait(0.02)
     server.kill()
     server.start()
   for thread in threads:
     thread.join()
-  lines = judge_server.read_votes(tmp_path / 'votes.jsonl')
-  written = {(line['judge'], line['votes'][0]['item']) for line in lines}
-  assert len(lines) == len(written) == 4 * count
+  found = written(tmp_path)
+  assert len(found) == len(set(found)) == 4 * count
+  assert set(acknowledged) == set(found)
 
 
 def test_foreign_requests_are_refused(start, tmp_path):
