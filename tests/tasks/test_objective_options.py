@@ -177,6 +177,20 @@ def test_duo_measures_how_far_the_last_timestep_drifts(params, moved):
   assert np.all(loss > plain_loss)
 
 
+def test_the_drift_is_a_mean_of_squares():
+  rng = np.random.default_rng(0)
+  ours, theirs = rng.normal(size=(2, 3, 4, 4, 2)).astype(np.float32)
+  err = np.full((3, 2), 0.1, np.float32)
+  loss = _loss('duo', numbers={'beta': BETA, 'weight': 3.0})
+  _, metrics = loss(
+    {'err': jnp.asarray(err), 'last': jnp.asarray(ours)},
+    {'err': jnp.asarray(err), 'last': jnp.asarray(theirs)},
+    {},
+  )
+  wanted = [np.mean((a - b) ** 2) for a, b in zip(ours, theirs, strict=True)]
+  np.testing.assert_allclose(metrics['err/drift'], wanted, rtol=1e-5)
+
+
 def test_the_safeguard_changes_gradients_and_no_value(params, moved):
   def gradient(loss):
     task = _task(params, loss)
