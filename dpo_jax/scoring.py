@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,12 @@ from jaxtyping import Int32
 
 from dpo_jax import sharding, trees, types
 from dpo_jax.data import clip_texts
+from dpo_jax.data import images as images_lib
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.evaluate import clip_pixels, scorers
-from dpo_jax.models import clip_pair
+from dpo_jax.models import classifier, clip_pair
 from dpo_jax.weights import (
+  classifiers,
   clip_files,
   diffusers_maps,
   json_files,
@@ -56,26 +59,18 @@ def open_scorer(
   """The judge of a name, with the weights of a folder.
 
   `folder` is one that weights.clip_files reads; of `aesthetic` it also holds
-  aesthetic.safetensors. tokenizer: folder of vocab.json and merges.txt, where
-  that is not the scorer's own. dtype: of parameters and compute; 'auto' is
-  float32 on a CPU and bfloat16 elsewhere. batch_size: captions at once, 0 for 8
-  a device.
+  aesthetic.safetensors; of `classifier` it is FOLDER:CLASS, the export of task
+  classify and the class that should win. tokenizer: folder of vocab.json and
+  merges.txt, where that is not the scorer's own. dtype: of parameters and
+  compute; 'auto' is float32 on a CPU and bfloat16 elsewhere. batch_size:
+  captions at once, 0 for 8 a device.
 
   Raises:
     ValueError: one line naming the file that is missing or wrong.
   """
-  path = pathlib.Path(folder)
   if dtype == 'auto':
     on_cpu = mesh.devices.flat[0].platform == 'cpu'
     dtype = 'float32' if on_cpu else 'bfloat16'
-  config, params = clip_files.load(path, dtype=dtype)
-  model = clip_pair.CLIP(config, dtype=jnp.dtype(dtype))
-  params = {'clip': params}
-  own = path if path.is_dir() else path.parent
-  if name == 'aesthetic':
-    params['head'] = _load_head(own / HEAD, config, dtype)
-  digest = trees.digest(params)
-  placed = jax.device_put(params, sharding.replicated(mesh))
   ways = sharding.batch_ways(mesh)
   size = batch_size or 8 * ways
   if size % ways:
@@ -83,17 +78,83 @@ def open_scorer(
       f'batch of {size} captions: must be a multiple of {ways}, over which the '
       'mesh splits it'
     )
+  if name == 'classifier':
+    networks = _open_classifier(folder)
+  else:
+    networks = _open_clip(name, folder, tokenizer=tokenizer, dtype=dtype)
   return scorers.Scorer(
     name=name,
-    model=model,
-    params=placed,
-    preprocess=_read_preprocess(own, config),
-    encode=None
-    if name == 'aesthetic'
-    else _encoder(name, tokenizer or own, config),
+    compute=networks.compute,
+    params=jax.device_put(networks.params, sharding.replicated(mesh)),
+    preprocess=networks.preprocess,
+    encode=networks.encode,
     mesh=mesh,
-    source={'name': folder, 'sha256': digest, 'dtype': dtype},
+    source={
+      'name': folder,
+      'sha256': trees.digest(networks.params),
+      'dtype': networks.dtype,
+    },
     batch_size=size,
+  )
+
+
+class _Networks(NamedTuple):
+  """What a kind of judge is made of; see scorers.Scorer."""
+
+  compute: scorers.ComputeFn
+  params: types.Params
+  preprocess: Callable[[np.ndarray], np.ndarray]
+  encode: scorers.EncodeFn | None
+  dtype: str
+
+
+def _open_clip(
+  name: str, folder: str, *, tokenizer: str, dtype: str
+) -> _Networks:
+  path = pathlib.Path(folder)
+  config, params = clip_files.load(path, dtype=dtype)
+  params = {'clip': params}
+  own = path if path.is_dir() else path.parent
+  encode = None
+  if name == 'aesthetic':
+    params['head'] = _load_head(own / HEAD, config, dtype)
+  else:
+    encode = _encoder(name, tokenizer or own, config)
+  model = clip_pair.CLIP(config, dtype=jnp.dtype(dtype))
+  return _Networks(
+    compute=scorers.clip_compute(name, model),
+    params=params,
+    preprocess=_read_preprocess(own, config),
+    encode=encode,
+    dtype=dtype,
+  )
+
+
+def _open_classifier(place: str) -> _Networks:
+  """Of FOLDER:CLASS; always in float32."""
+  folder, colon, wanted = place.rpartition(':')
+  if not colon:
+    raise ValueError(
+      f'classifier={place}: give FOLDER:CLASS, the class that should win'
+    )
+  config, params = classifiers.load(folder)
+  if wanted not in config.classes:
+    raise ValueError(
+      f'classifier={place}: {folder} knows {", ".join(config.classes)}'
+    )
+
+  def preprocess(pixels):
+    plain = images_lib.Augmentation()
+    middle = images_lib.crop_flip(pixels, config.image_size, plain)
+    return np.float32(middle) / 127.5 - 1
+
+  model = classifier.ImageClassifier(config)
+  return _Networks(
+    compute=scorers.classifier_compute(model, config.classes.index(wanted)),
+    params=params,
+    preprocess=preprocess,
+    encode=None,
+    dtype='float32',
   )
 
 

@@ -3,13 +3,13 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Float, UInt8
 
 from dpo_jax import stable_diffusion as sd_lib
 from dpo_jax import types
+from dpo_jax.evaluate import scorers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,17 +26,13 @@ class StyleJudge:
   ) -> Float[np.ndarray, ' n']:
     """Log odds of the preferred class; above 0 it is the judged style."""
     index = self.classes.index(self.preferred)
-
-    @jax.jit
-    def log_odds(params, images):
-      logits = self.classifier.apply({'params': params}, images)
-      others = jnp.delete(logits, index, axis=-1)
-      return logits[:, index] - jax.nn.logsumexp(others, axis=-1)
-
+    compute = jax.jit(scorers.classifier_compute(self.classifier, index))
     parts = [
       np.asarray(
-        log_odds(self.params, sd_lib.to_float(images[i : i + batch_size]))
-      )
+        compute(
+          self.params, sd_lib.to_float(images[i : i + batch_size, None]), None
+        )
+      )[:, 0]
       for i in range(0, len(images), batch_size)
     ]
     return np.concatenate(parts)

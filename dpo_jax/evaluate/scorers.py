@@ -8,6 +8,7 @@ A score is a number a picture, larger is better, comparable within a prompt.
 | hpsv2, hpsv21 | cos(text, image), about 0.28 | OpenCLIP ViT-H/14 |
 | clip | 100 cos(text, image) | any CLIP |
 | aesthetic | LAION's predictor of the image alone, 1 to 10 | CLIP ViT-L/14 |
+| classifier | log odds of one class of a classifier of task `classify` | |
 
 Kirstain et al. 2023, section 4; Wu et al. 2023, section 4; Hessel et al. 2021,
 eq. 1 without its cut at 0, which would make ties; Schuhmann 2022.
@@ -21,17 +22,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from dpo_jax import sharding, types
-from dpo_jax.evaluate import clip_pixels
 from dpo_jax.models import clip_pair
 
-NAMES = ('pickscore', 'hpsv2', 'hpsv21', 'clip', 'aesthetic')
+NAMES = ('pickscore', 'hpsv2', 'hpsv21', 'clip', 'aesthetic', 'classifier')
 # Threads that scale pictures while the device computes.
 THREADS = 2
 # Token ids int32 [n s] of captions.
 EncodeFn = Callable[[Sequence[str]], Int32[np.ndarray, 'n s']]
+# (params, pixels [n k h w 3], input_ids [n s] or None) -> scores [n k] float32,
+# of n captions and their k pictures.
+ComputeFn = Callable[[types.Params, Array, Array | None], Array]
 # A caption and its pictures, uint8 [H W 3] or what `read` makes such of.
 Question = tuple[str, Sequence[Any]]
 
@@ -43,22 +47,59 @@ def cosine(
   return jnp.einsum('ne,nke->nk', texts, images)
 
 
+def clip_compute(name: str, model: clip_pair.CLIP) -> ComputeFn:
+  """What `name` makes of CLIP's parameters 'clip', and 'head' of aesthetic."""
+
+  def compute(params, pixels, input_ids):
+    n, k = pixels.shape[:2]
+    tower = params['clip']
+    flat = pixels.reshape(n * k, *pixels.shape[2:])
+    images = model.embed_images(tower, flat)
+    if name == 'aesthetic':
+      head = clip_pair.AestheticPredictor()
+      return head.apply({'params': params['head']}, images).reshape(n, k)
+    texts = model.embed_texts(tower, input_ids)
+    cos = cosine(texts, images.reshape(n, k, -1))
+    if name == 'pickscore':
+      return jnp.exp(tower['logit_scale'].astype(jnp.float32)) * cos
+    return 100.0 * cos if name == 'clip' else cos
+
+  return compute
+
+
+def classifier_compute(model: nn.Module, index: int) -> ComputeFn:
+  """Log odds of class `index` against all others; texts are not looked at."""
+
+  def compute(params, pixels, input_ids):
+    del input_ids
+    n, k = pixels.shape[:2]
+    flat = pixels.reshape(n * k, *pixels.shape[2:])
+    logits = model.apply({'params': params}, flat)
+    others = jnp.delete(logits, index, axis=-1)
+    odds = logits[:, index] - jax.nn.logsumexp(others, axis=-1)
+    return odds.reshape(n, k)
+
+  return compute
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scorer:
   """A judge whose networks lie on a mesh.
 
   Attributes:
     name: one of NAMES.
-    params: 'clip', and 'head' of `aesthetic`; placed.
+    compute: what gives the scores of a batch.
+    params: its first argument, placed.
+    preprocess: from uint8 [H W 3] to what the networks take.
     encode: None where texts are not looked at.
     source: where the weights came from, and their digest, for the record.
     batch_size: captions at once; a multiple of the mesh's batch axes.
   """
 
   name: str
-  model: clip_pair.CLIP
+  compute: ComputeFn
   params: types.Params
-  preprocess: clip_pixels.Preprocess
+  preprocess: Callable[[np.ndarray], np.ndarray]
   encode: EncodeFn | None
   mesh: jax.sharding.Mesh
   source: dict[str, str]
@@ -69,28 +110,6 @@ class Scorer:
       raise ValueError(
         f'scorer {self.name!r}: must be one of {", ".join(NAMES)}'
       )
-    if (self.encode is None) != (self.name == 'aesthetic'):
-      raise ValueError(f'{self.name}: aesthetic alone takes no texts')
-
-  def compute(
-    self,
-    params: types.Params,
-    pixels: Float[Array, 'n k H W 3'],
-    input_ids: Int32[Array, 'n s'] | None,
-  ) -> Float[Array, 'n k']:
-    """Scores, float32, of n captions and their k pictures."""
-    n, k = pixels.shape[:2]
-    tower = params['clip']
-    flat = pixels.reshape(n * k, *pixels.shape[2:])
-    images = self.model.embed_images(tower, flat)
-    if self.name == 'aesthetic':
-      head = clip_pair.AestheticPredictor()
-      return head.apply({'params': params['head']}, images).reshape(n, k)
-    texts = self.model.embed_texts(tower, input_ids)
-    cos = cosine(texts, images.reshape(n, k, -1))
-    if self.name == 'pickscore':
-      return jnp.exp(tower['logit_scale'].astype(jnp.float32)) * cos
-    return 100.0 * cos if self.name == 'clip' else cos
 
   def batches(
     self,
