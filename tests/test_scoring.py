@@ -1,5 +1,7 @@
 """Judges from folders of weights, against transformers and PyTorch."""
 
+import dataclasses
+
 import clip_folder
 import jax
 import numpy as np
@@ -17,7 +19,10 @@ SIZES = [(16, 16), (40, 23), (20, 33), (16, 48), (64, 64)]
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  return clip_folder.write(tmp_path_factory.mktemp('clip') / 'c', head=True)
+  made = clip_folder.write(tmp_path_factory.mktemp('clip') / 'c', head=True)
+  # transformers' file of preprocessing, so that the middles are the same.
+  (made / 'preprocessor_config.json').write_text('{"size": 16}')
+  return made
 
 
 @pytest.fixture(scope='module')
@@ -63,8 +68,6 @@ def their_embeds(folder, pictures, captions, clean):
 
 @pytest.mark.parametrize('name', ['pickscore', 'hpsv2', 'hpsv21', 'clip'])
 def test_scores_are_transformers(folder, pictures, name):
-  # transformers' file of preprocessing, so that the middles are the same.
-  (folder / 'preprocessor_config.json').write_text('{"size": 16}')
   scorer = scoring.open_scorer(name, str(folder), mesh=mesh(), batch_size=2)
   found = scorer.score(pictures, CAPTIONS)
   texts, images, scale = their_embeds(
@@ -144,6 +147,28 @@ def test_a_classifier_gives_log_odds_of_its_class(pictures):
   ):
     with pytest.raises(ValueError, match=words):
       scoring.open_scorer('classifier', place, mesh=mesh())
+
+
+def test_equal_pictures_tie(folder, pictures):
+  """Whatever rounding makes of their places in the batch."""
+  scorer = scoring.open_scorer('clip', str(folder), mesh=mesh(), batch_size=2)
+  compute = scorer.compute
+  uneven = dataclasses.replace(
+    scorer,
+    compute=lambda params, pixels, ids: (
+      compute(params, pixels, ids) + 1e-3 * np.arange(4)
+    ),
+  )
+  a, b = pictures[:2]
+  questions = [('dog', [a, b, a.copy(), b]), ('', [b, a, a, b])] * 2
+  found = np.concatenate(list(uneven.batches(questions)))
+  assert (found[:, 0] == found[:, [2, 3]].T).tolist() == [
+    [True, False] * 2,
+    [False, True] * 2,
+  ]
+  np.testing.assert_array_equal(found[::2, 1], found[::2, 3])
+  np.testing.assert_array_equal(found[1::2, 1], found[1::2, 2])
+  assert (found[:, 0] != found[:, 1]).all()
 
 
 @pytest.mark.parametrize(

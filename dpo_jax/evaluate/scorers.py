@@ -120,7 +120,9 @@ class Scorer:
     """Scores of captions with as many pictures each, a batch at a time.
 
     `read` makes uint8 [H W 3] of what stands for a picture. That and the
-    scaling of the next batches go on while the device computes.
+    scaling of the next batches go on while the device computes. Equal pictures
+    of a caption get equal scores: rounding alone does not promise it, as it
+    hangs on the place in the batch.
     """
 
     def prepare(picture):
@@ -148,10 +150,10 @@ class Scorer:
         # The device works on this batch while the next one is made.
         scores = compute(self.params, placed['pixels'], placed.get('input_ids'))
         if running is not None:
-          yield np.asarray(running[0])[: running[1]]
-        running = scores, len(batch)
+          yield _take(*running)
+        running = scores, _first_equal(pixels)
       if running is not None:
-        yield np.asarray(running[0])[: running[1]]
+        yield _take(*running)
 
   def score(
     self,
@@ -172,6 +174,27 @@ class Scorer:
     """Repeats the last row; what comes of it is cut off."""
     rest = self.batch_size - len(array)
     return np.pad(array, [(0, rest)] + [(0, 0)] * (array.ndim - 1), mode='edge')
+
+
+def _first_equal(pixels: np.ndarray) -> Int32[np.ndarray, 'n k']:
+  """Of each of k pictures the first one that is the same."""
+  n, k = pixels.shape[:2]
+  first = np.tile(np.arange(k, dtype=np.int32), (n, 1))
+  for row, pictures in enumerate(pixels):
+    for i in range(1, k):
+      for j in range(i):
+        if np.array_equal(pictures[i], pictures[j]):
+          first[row, i] = j
+          break
+  return first
+
+
+def _take(
+  scores: jax.Array, first: Int32[np.ndarray, 'n k']
+) -> Float32[np.ndarray, 'n k']:
+  """The rows that are no padding; equal pictures share the first's score."""
+  rows = np.asarray(scores)[: len(first)]
+  return np.take_along_axis(rows, first, axis=1)
 
 
 def _grouped(items: Iterable, size: int) -> Iterator[list]:
