@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import pathlib
 
 import numpy as np
 from jaxtyping import UInt8
@@ -57,6 +58,14 @@ def decode(data: bytes) -> UInt8[np.ndarray, 'H W 3']:
   except Exception as error:
     reason = ' '.join(str(error).split()) or type(error).__name__
     raise ValueError(f'cannot decode image: {reason}') from error
+
+
+def load(path: pathlib.Path) -> UInt8[np.ndarray, 'H W 3']:
+  """As `decode`, of a file; ValueError names it."""
+  try:
+    return decode(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -54,7 +54,7 @@ def open_pairs(a: str, b: str) -> list[Pair]:
       f'{a} and {b} were made otherwise ({"; ".join(different)}); what differs '
       'besides the model decides who wins: generate both with the same flags'
     )
-  entries, others = (_read_entries(folder) for folder in folders)
+  entries, others = (read_entries(folder) for folder in folders)
   if len(entries) != len(others):
     raise ValueError(
       f'{a} has {len(entries)} pictures, {b} {len(others)}; finish both with '
@@ -89,7 +89,8 @@ def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
     ) from error
 
 
-def _read_entries(folder: pathlib.Path) -> list[dict[str, Any]]:
+def read_entries(folder: pathlib.Path) -> list[dict[str, Any]]:
+  """What tools.generate says of each picture; ValueError where not whole."""
   path = folder / manifest.MANIFEST
   try:
     lines = path.read_text(encoding='utf-8').splitlines()
@@ -115,7 +116,7 @@ def _read_entries(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 def read_prompts(folder: str) -> dict[str, str]:
   """The prompt of each picture of a folder of tools.generate, by its file."""
-  entries = _read_entries(pathlib.Path(folder))
+  entries = read_entries(pathlib.Path(folder))
   return {entry['file']: entry['prompt'] for entry in entries}
 
 

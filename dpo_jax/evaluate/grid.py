@@ -88,6 +88,37 @@ def save_contact_sheet(
   )
 
 
+def save_columns(
+  path: str | os.PathLike,
+  panels: Sequence[UInt8[np.ndarray, 'n H W 3']],
+  prompts: Sequence[str],
+  *,
+  labels: Sequence[str],
+  title: str = '',
+  columns: int = 4,
+  per_page: int = 48,
+) -> list[pathlib.Path]:
+  """Writes PNG pages of any number of models side by side, as save_pair_grid.
+
+  panels: pictures of each model, entry i of one prompt and seed. Raises
+  ValueError when lengths disagree.
+  """
+  for panel in panels[1:]:
+    check_pairs(panels[0], panel, prompts)
+  if len(labels) != len(panels):
+    raise ValueError(f'{len(labels)} labels for {len(panels)} models')
+  return _save_pages(
+    path,
+    tuple(panels),
+    prompts,
+    None,
+    per_page=per_page,
+    labels=tuple(labels),
+    title=title,
+    columns=columns,
+  )
+
+
 def _save_pages(path, panels, prompts, outcomes, *, per_page, title, **options):
   if options['columns'] < 1 or per_page < 1:
     raise ValueError(

@@ -23,9 +23,9 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from PIL import Image
 
 from dpo_jax import scoring, sharding
+from dpo_jax.data import images as images_lib
 from dpo_jax.evaluate import compare_report, comparison, manifest, scorers
 from dpo_jax.tools import arguments, generate, ticker
 
@@ -151,7 +151,7 @@ def _score(
       return found[:, 0], found[:, 1]
   done, made = 0, []
   with ticker.Ticker(len(pairs), label=scorer.name) as bar:
-    for scores in scorer.batches(_questions(pairs), read=_open):
+    for scores in scorer.batches(_questions(pairs), read=images_lib.load):
       made.append(scores)
       done += len(scores)
       bar.update(done)
@@ -166,11 +166,6 @@ def _score(
 def _questions(pairs: Sequence[comparison.Pair]) -> Iterator[scorers.Question]:
   for pair in pairs:
     yield pair.prompt, (pair.a, pair.b)
-
-
-def _open(path: pathlib.Path) -> np.ndarray:
-  with Image.open(path) as image:
-    return np.asarray(image.convert('RGB'))
 
 
 if __name__ == '__main__':

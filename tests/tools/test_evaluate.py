@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import scoring, sharding
+from dpo_jax.data import images as images_lib
 from dpo_jax.evaluate import comparison, manifest
 from dpo_jax.tools import arguments, evaluate
 
@@ -82,7 +83,7 @@ def test_pictures_are_compared_by_every_scorer(tmp_path, weights, prompts):
   captions = [pair.prompt for pair in pairs]
   scores = [
     judge.score(
-      [evaluate._open(getattr(pair, side)) for pair in pairs], captions
+      [images_lib.load(getattr(pair, side)) for pair in pairs], captions
     )
     for side in 'ab'
   ]

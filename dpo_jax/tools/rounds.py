@@ -1,0 +1,346 @@
+"""Aligns a model on its own pictures, round by round, with AI feedback.
+
+  python -m dpo_jax.tools.rounds --config=configs/sd15.py --workdir=runs/loop \\
+    --prompts=train.txt --labeller=pickscore=PICKSCORE \\
+    --eval_prompts=parti.tsv --scorers=hpsv2=HPS --rounds=2 \\
+    [--steps=50 --guidance_scale=7.5 ...] [--config.optim.lr=1e-5 ...]
+
+A round draws several pictures of each prompt with the model of the round
+before, lets the labeller choose the best and the worst, trains on these pairs
+(from that model, which is also the reference), and compares the outcome with
+the first model on prompts and by judges that have no part in the training.
+
+Every stage is a command of its own, printed before it runs: tools.generate,
+tools.rank, tools.prepare, main, tools.evaluate. WORKDIR/rounds.json knows which
+are done; the same command goes on where it stopped. It also holds the win
+rates, and WORKDIR/samples.png shows the same prompts round by round. Flags of
+tools.generate are those of all pictures; --config.KEY=VALUE of all trainings.
+Exit code: 0, 2 when the input is wrong, else that of the stage that failed.
+"""
+
+import json
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax import flags, folders, limits, scoring
+from dpo_jax.data import images as images_lib
+from dpo_jax.evaluate import comparison, grid, ranking
+from dpo_jax.tools import arguments
+
+# Prompts on samples.png.
+SHOWN = 32
+
+
+class Stage(NamedTuple):
+  """A command: its name in rounds.json, module and flags."""
+
+  name: str
+  module: str
+  words: tuple[str, ...]
+
+  @property
+  def text(self) -> str:
+    """As it would be typed."""
+    return shlex.join(['python', '-m', self.module, *self.words])
+
+
+class StageError(RuntimeError):
+  """A stage ended with `code`; it has said why itself."""
+
+  def __init__(self, stage: Stage, code: int):
+    super().__init__(
+      f'{stage.name} ended with exit code {code}; the same command goes on'
+    )
+    self.code = code
+
+
+def _parse(argv: Sequence[str]):
+  """(own flags, flags of tools.generate, overrides of the config)."""
+  parser = arguments.Parser('dpo_jax.tools.rounds', __doc__)
+  add, whole = parser.add_argument, arguments.number(int, low=1)
+  add('--config', required=True, help='recipe of the training')
+  add('--workdir', required=True)
+  add('--prompts', required=True, help='to draw training pictures of')
+  add('--labeller', required=True, help='NAME=FOLDER, who chooses')
+  add('--eval_prompts', required=True, help='to compare on')
+  add('--scorers', required=True, help='NAME=FOLDER,... who compare')
+  add('--tokenizer', default='', help='folder of vocab.json and merges.txt')
+  add('--rounds', type=whole, default=1)
+  add('--images_per_prompt', type=arguments.number(int, low=2), default=4)
+  add('--pairs', default='extremes', choices=ranking.MODES)
+  add('--seed', type=arguments.number(int, low=0, high=10**6), default=0)
+  add('--dry_run', action='store_true', help='print the commands only')
+  values, rest = parser.parse_known_args(list(argv))
+  overrides = [word for word in rest if word.startswith('--config.')]
+  if any('=' not in word for word in overrides):
+    raise ValueError('--config.KEY VALUE: write it as --config.KEY=VALUE')
+  return values, [w for w in rest if w not in overrides], overrides
+
+
+def _check(values, overrides: Sequence[str]) -> str:
+  """The first model; ValueError for what a later stage would refuse."""
+  config, _ = flags.parse(
+    [
+      'main',
+      f'--config={values.config}',
+      f'--workdir={values.workdir}',
+      *overrides,
+      # Each round's own, which is not there yet.
+      '--config.data.path=.',
+    ]
+  )
+  limits.validate(config)
+  labeller = scoring.parse(values.labeller)
+  if len(labeller) > 1:
+    raise ValueError(f'--labeller={values.labeller}: name one judge')
+  for name, folder in scoring.parse(values.scorers).items():
+    if (name, folder) in labeller.items():
+      raise ValueError(
+        f'--scorers={name}={folder}: is also the labeller; a judge that the '
+        'training pleases says nothing: compare by another one'
+      )
+  for name in ('prompts', 'eval_prompts'):
+    if not pathlib.Path(getattr(values, name)).is_file():
+      raise ValueError(f'--{name}={getattr(values, name)}: no such file')
+  return config.model.folder
+
+
+def plan(argv: Sequence[str]) -> list[Stage]:
+  """All stages in their order; ValueError says what is wrong."""
+  values, drawing, overrides = _parse(argv)
+  policy = first = _check(values, overrides)
+  root = pathlib.Path(values.workdir)
+  tokenizer = [f'--tokenizer={values.tokenizer}'] if values.tokenizer else []
+  compared = [f'--prompts={values.eval_prompts}', f'--seed={values.seed}']
+  base = root / 'base'
+  stages = [
+    Stage(
+      'base',
+      'dpo_jax.tools.generate',
+      (f'--model={first}', f'--out={base}', *compared, *drawing),
+    )
+  ]
+  for number in range(1, values.rounds + 1):
+    folder, name = root / f'round_{number}', f'round {number}: '
+    pictures, run = folder / 'pictures', folder / 'run'
+    stages += [
+      Stage(
+        name + 'draw',
+        'dpo_jax.tools.generate',
+        (
+          f'--model={policy}',
+          f'--prompts={values.prompts}',
+          f'--out={pictures}',
+          f'--images_per_prompt={values.images_per_prompt}',
+          # Other pictures in each round, and others than are compared.
+          f'--seed={values.seed + 1000 * number}',
+          *drawing,
+        ),
+      ),
+      Stage(
+        name + 'rank',
+        'dpo_jax.tools.rank',
+        (
+          f'--pictures={pictures}',
+          f'--scorer={values.labeller}',
+          f'--pairs={values.pairs}',
+          *tokenizer,
+        ),
+      ),
+      Stage(
+        name + 'prepare',
+        'dpo_jax.tools.prepare',
+        (
+          '--format=jsonl',
+          f'--source={pictures / ranking.PAIRS}',
+          f'--out={folder / "pairs"}',
+        ),
+      ),
+      Stage(
+        name + 'train',
+        'dpo_jax.main',
+        (
+          f'--config={values.config}',
+          f'--workdir={run}',
+          f'--config.seed={values.seed}',
+          *overrides,
+          f'--config.model.folder={policy}',
+          f'--config.data.path={folder / "pairs"}',
+        ),
+      ),
+      Stage(
+        name + 'draw the comparison',
+        'dpo_jax.tools.generate',
+        (
+          f'--model={run / "export"}',
+          f'--out={folder / "aligned"}',
+          *compared,
+          *drawing,
+        ),
+      ),
+      Stage(
+        name + 'compare',
+        'dpo_jax.tools.evaluate',
+        (
+          f'--a={base}',
+          f'--b={folder / "aligned"}',
+          f'--prompts={values.eval_prompts}',
+          f'--scorers={values.scorers}',
+          f'--out={folder / "compare"}',
+          *tokenizer,
+        ),
+      ),
+    ]
+    policy = str(run / 'export')
+  return stages
+
+
+class Record:
+  """WORKDIR/rounds.json: stages that are done, and results."""
+
+  def __init__(self, workdir: pathlib.Path):
+    """Reads what is there."""
+    self._path = workdir / 'rounds.json'
+    self.values: dict[str, Any] = {'stages': {}}
+    if self._path.is_file():
+      self.values = json.loads(self._path.read_text())
+
+  def is_done(self, stage: Stage) -> bool:
+    """Whether it is; ValueError where it was with other flags."""
+    known = self.values['stages'].get(stage.name)
+    if known is None:
+      return False
+    if known['command'] != stage.text:
+      raise ValueError(
+        f'{self._path}: {stage.name} was done by {known["command"]!r} and not '
+        f'by {stage.text!r}; give the same flags, or another --workdir'
+      )
+    return True
+
+  def add(self, stage: Stage, seconds: float) -> None:
+    """Notes that a stage is done."""
+    entry = {'command': stage.text, 'seconds': round(seconds, 1)}
+    self.values['stages'][stage.name] = entry
+    self.write()
+
+  def write(self) -> None:
+    """Writes the file whole."""
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    folders.write_json(folders.to_path(self._path), self.values)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs what is not done; ValueError says what is wrong with the input.
+
+  Raises StageError where a stage failed.
+  """
+  stages = plan(argv)
+  values, _, _ = _parse(argv)
+  if values.dry_run:
+    print('\n'.join(stage.text for stage in stages))
+    return
+  root = pathlib.Path(values.workdir)
+  record = Record(root)
+  left = [stage for stage in stages if not record.is_done(stage)]
+  for number, stage in enumerate(left, len(stages) - len(left) + 1):
+    print(
+      f'[{number}/{len(stages)}] {stage.name}: {stage.text}',
+      file=sys.stderr,
+      flush=True,
+    )
+    started = time.monotonic()
+    _run(stage)
+    record.add(stage, time.monotonic() - started)
+  record.values['rounds'] = [
+    read_round(root / f'round_{number}')
+    for number in range(1, values.rounds + 1)
+  ]
+  record.write()
+  _save_samples(root, values.rounds)
+  print(describe(record.values['rounds']))
+
+
+def _run(stage: Stage) -> None:
+  """Runs it to its end; a signal that would stop us stops it first."""
+  command = [sys.executable, '-m', stage.module, *stage.words]
+  process = subprocess.Popen(command)
+  before = signal.signal(
+    signal.SIGTERM, lambda number, _: process.send_signal(number)
+  )
+  try:
+    code = process.wait()
+  except KeyboardInterrupt:
+    # The terminal sends it to both; a training saves its step.
+    code = process.wait()
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  if code:
+    raise StageError(stage, code if code > 0 else 128 - code)
+
+
+def read_round(folder: pathlib.Path) -> dict[str, Any]:
+  """What a finished round says: win rates over the first model, labels."""
+  report = json.loads((folder / 'compare' / 'report.json').read_text())
+  ranked = json.loads((folder / 'pictures' / ranking.REPORT).read_text())
+  return {
+    'pairs': ranked['pairs']['kept'],
+    'labeller_mean_score': ranked['mean_score'],
+    'over_base': {
+      name: {
+        key: one[key]
+        for key in (
+          *('value', 'low', 'high', 'n', 'wins', 'losses', 'ties'),
+          *('p_value', 'median_a', 'median_b'),
+        )
+      }
+      for name, one in report['scorers'].items()
+    },
+  }
+
+
+def describe(found: Sequence[dict[str, Any]]) -> str:
+  """A line a round and judge."""
+  return '\n'.join(
+    f'round {number} ({one["pairs"]} pairs): {name} prefers it to the first '
+    f'model on {100 * rate["value"]:.1f}% [{100 * rate["low"]:.1f}, '
+    f'{100 * rate["high"]:.1f}] of {rate["n"]} prompts'
+    for number, one in enumerate(found, 1)
+    for name, rate in one['over_base'].items()
+  )
+
+
+def _save_samples(root: pathlib.Path, rounds: int) -> None:
+  """The same prompts and seeds, one column a model."""
+  places = [root / 'base']
+  places += [root / f'round_{n}' / 'aligned' for n in range(1, rounds + 1)]
+  entries = comparison.read_entries(places[0])[:SHOWN]
+  grid.save_columns(
+    root / 'samples.png',
+    [
+      np.stack([images_lib.load(place / entry['file']) for entry in entries])
+      for place in places
+    ],
+    [entry['prompt'] for entry in entries],
+    labels=['base', *(f'round {n}' for n in range(1, rounds + 1))],
+  )
+
+
+def run(argv: Sequence[str]) -> int:
+  """The exit code."""
+  try:
+    return arguments.run(main, argv)
+  except StageError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return error.code
+
+
+if __name__ == '__main__':
+  sys.exit(run(sys.argv[1:]))
