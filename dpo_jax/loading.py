@@ -166,6 +166,16 @@ def open_model(
   )
 
 
+def own_size(opened: Opened) -> tuple[int, int] | None:
+  """(height, width) in pixels that the UNet names as its own, if it does."""
+  latent = diffusers_maps.load_config(opened.base / 'unet').get('sample_size')
+  if latent is None:
+    return None
+  height, width = [latent] * 2 if isinstance(latent, int) else latent
+  factor = opened.model.downscale
+  return int(height) * factor, int(width) * factor
+
+
 def save_model(
   out: str | pathlib.Path,
   opened: Opened,

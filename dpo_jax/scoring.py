@@ -1,5 +1,6 @@
 """Opens judges: their weights, tokenizer and preprocessing, on a mesh."""
 
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -7,13 +8,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32, UInt8
 
-from dpo_jax import sharding, trees, types
+from dpo_jax import loading, sharding, trees, types
 from dpo_jax.data import clip_texts
 from dpo_jax.data import images as images_lib
 from dpo_jax.data import tokenizer as tokenizer_lib
-from dpo_jax.evaluate import clip_pixels, scorers
+from dpo_jax.evaluate import clip_pixels, implicit, scorers
 from dpo_jax.models import classifier, clip_pair
 from dpo_jax.weights import (
   classifiers,
@@ -27,6 +28,8 @@ from dpo_jax.weights import (
 PREPROCESS = 'preprocessor_config.json'
 # Files of the aesthetic predictor's tensors, beside the CLIP it stands on.
 HEAD = 'aesthetic.safetensors'
+# Of noise and timestep for each picture's implicit reward.
+IMPLICIT_DRAWS = 8
 HEAD_RULES = mapping.Rules(indexed=('layers',))
 
 
@@ -60,10 +63,11 @@ def open_scorer(
 
   `folder` is one that weights.clip_files reads; of `aesthetic` it also holds
   aesthetic.safetensors; of `classifier` it is FOLDER:CLASS, the export of task
-  classify and the class that should win. tokenizer: folder of vocab.json and
-  merges.txt, where that is not the scorer's own. dtype: of parameters and
-  compute; 'auto' is float32 on a CPU and bfloat16 elsewhere. batch_size:
-  captions at once, 0 for 8 a device.
+  classify and the class that should win; of `implicit` BASE:WEIGHTS, a model
+  and what loading.load_weights takes (a run of dpo_jax.main). tokenizer:
+  folder of vocab.json and merges.txt, where that is not the scorer's own.
+  dtype: of parameters and compute; 'auto' is float32 on a CPU and bfloat16
+  elsewhere. batch_size: captions at once, 0 for 8 a device.
 
   Raises:
     ValueError: one line naming the file that is missing or wrong.
@@ -80,6 +84,8 @@ def open_scorer(
     )
   if name == 'classifier':
     networks = _open_classifier(folder)
+  elif name == 'implicit':
+    networks = _open_implicit(folder, mesh=mesh, dtype=dtype)
   else:
     networks = _open_clip(name, folder, tokenizer=tokenizer, dtype=dtype)
   return scorers.Scorer(
@@ -143,19 +149,51 @@ def _open_classifier(place: str) -> _Networks:
       f'classifier={place}: {folder} knows {", ".join(config.classes)}'
     )
 
-  def preprocess(pixels):
-    plain = images_lib.Augmentation()
-    middle = images_lib.crop_flip(pixels, config.image_size, plain)
-    return np.float32(middle) / 127.5 - 1
-
   model = classifier.ImageClassifier(config)
   return _Networks(
     compute=scorers.classifier_compute(model, config.classes.index(wanted)),
     params=params,
-    preprocess=preprocess,
+    preprocess=functools.partial(_to_square, side=config.image_size),
     encode=None,
     dtype='float32',
   )
+
+
+def _open_implicit(
+  place: str, *, mesh: jax.sharding.Mesh, dtype: str
+) -> _Networks:
+  """Of BASE:WEIGHTS: how much better the policy denoises than the base."""
+  base, colon, weights = place.rpartition(':')
+  if not colon:
+    raise ValueError(
+      f'implicit={place}: give BASE:WEIGHTS, a model and a run that started '
+      'from it'
+    )
+  opened = loading.open_model(base, mesh=mesh, dtype=dtype)
+  trained = loading.load_weights(weights, opened)
+  size = loading.own_size(opened)
+  if size is None or size[0] != size[1]:
+    raise ValueError(
+      f'implicit={place}: the UNet of {base} names no square sample_size, the '
+      'side at which pictures are compared'
+    )
+  params = {**opened.params, **trained}
+  params |= {'policy': params.pop('unet'), 'ref': opened.params['unet']}
+  return _Networks(
+    compute=implicit.make_compute(opened.model, draws=IMPLICIT_DRAWS),
+    params=params,
+    preprocess=functools.partial(_to_square, side=size[0]),
+    encode=lambda captions: opened.tokenizers.encode(captions)[0],
+    dtype=dtype,
+  )
+
+
+def _to_square(
+  pixels: UInt8[np.ndarray, 'H W 3'], *, side: int
+) -> Float32[np.ndarray, 'side side 3']:
+  """The middle square in [-1, 1], as in training."""
+  middle = images_lib.crop_flip(pixels, side, images_lib.Augmentation())
+  return np.float32(middle) / 127.5 - 1
 
 
 def _read_preprocess(

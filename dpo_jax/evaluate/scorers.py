@@ -9,6 +9,7 @@ A score is a number a picture, larger is better, comparable within a prompt.
 | clip | 100 cos(text, image) | any CLIP |
 | aesthetic | LAION's predictor of the image alone, 1 to 10 | CLIP ViT-L/14 |
 | classifier | log odds of one class of a classifier of task `classify` | |
+| implicit | err(ref) - err(policy): a trained model's own reward | |
 
 Kirstain et al. 2023, section 4; Wu et al. 2023, section 4; Hessel et al. 2021,
 eq. 1 without its cut at 0, which would make ties; Schuhmann 2022.
@@ -28,13 +29,21 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8
 from dpo_jax import sharding, types
 from dpo_jax.models import clip_pair
 
-NAMES = ('pickscore', 'hpsv2', 'hpsv21', 'clip', 'aesthetic', 'classifier')
+NAMES = (
+  'pickscore',
+  'hpsv2',
+  'hpsv21',
+  'clip',
+  'aesthetic',
+  'classifier',
+  'implicit',
+)
 # Threads that scale pictures while the device computes.
 THREADS = 2
-# Token ids int32 [n s] of captions.
-EncodeFn = Callable[[Sequence[str]], Int32[np.ndarray, 'n s']]
-# (params, pixels [n k h w 3], input_ids [n s] or None) -> scores [n k] float32,
-# of n captions and their k pictures.
+# Token ids int32 [n s] of captions; [n e s] where e encoders have their own.
+EncodeFn = Callable[[Sequence[str]], Int32[np.ndarray, 'n *s']]
+# (params, pixels [n k h w 3], input_ids [n *s] or None) -> scores [n k],
+# float32, of n captions and their k pictures.
 ComputeFn = Callable[[types.Params, Array, Array | None], Array]
 # A caption and its pictures, uint8 [H W 3] or what `read` makes such of.
 Question = tuple[str, Sequence[Any]]

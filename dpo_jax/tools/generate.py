@@ -31,7 +31,7 @@ from dpo_jax.evaluate import prompts as prompts_lib
 from dpo_jax.models import lora
 from dpo_jax.tools import arguments
 from dpo_jax.train import progress
-from dpo_jax.weights import diffusers_maps, lora_files
+from dpo_jax.weights import lora_files
 
 # diffusers' defaults: 7.5 for Stable Diffusion, 5.0 for SDXL.
 GUIDANCE_SCALES = {0: 7.5, 5: 5.0, 6: 5.0}
@@ -178,14 +178,9 @@ def _settings(values, opened: loading.Opened) -> generate.Settings:
     if sampler is None:
       sampler = 'ddim'
       print(f'the model names {own}; --sampler=ddim is used', file=sys.stderr)
-  size = values.size
+  size = values.size or loading.own_size(opened)
   if size is None:
-    unet = diffusers_maps.load_config(opened.base / 'unet')
-    latent = unet.get('sample_size')
-    if latent is None:
-      raise ValueError(f'--size is needed: {opened.base} names no sample_size')
-    side = [latent] * 2 if isinstance(latent, int) else latent
-    size = tuple(int(cells) * model.downscale for cells in side)
+    raise ValueError(f'--size is needed: {opened.base} names no sample_size')
   model.latent_shape(size)
   scale = values.guidance_scale
   if scale is None:
