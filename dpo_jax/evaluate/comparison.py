@@ -105,6 +105,11 @@ def read_entries(folder: pathlib.Path) -> list[dict[str, Any]]:
     ) from error
   if not entries:
     raise ValueError(f'{path}: names no pictures')
+  for entry in entries:
+    name = entry['file']
+    plain = isinstance(name, str) and pathlib.PurePath(name).name == name
+    if not plain or not name:
+      raise ValueError(f'{path}: {name!r} is no name of a file in this folder')
   missing = [e['file'] for e in entries if not (folder / e['file']).is_file()]
   if missing:
     raise ValueError(

@@ -213,3 +213,16 @@ def test_wins_by_hand():
   assert found['difference']['value'] == pytest.approx(2 / 3)
   group = found['groups']['k']['g']
   assert (group['value'], group['n']) == (0.5, 1)
+
+
+@pytest.mark.parametrize('name', ['../secret.png', 'sub/x.png', '/x.png', ''])
+def test_a_manifest_names_files_of_its_folder(tmp_path, name):
+  folder = tmp_path / 'a'
+  write(folder, 0)
+  (tmp_path / 'secret.png').write_bytes(b'x')
+  path = folder / 'manifest.jsonl'
+  first, *rest = path.read_text().splitlines()
+  entry = json.loads(first) | {'file': name}
+  path.write_text('\n'.join([json.dumps(entry), *rest]) + '\n')
+  with pytest.raises(ValueError, match='no name of a file in this folder'):
+    comparison.read_entries(folder)
