@@ -1,5 +1,6 @@
 """The server itself: sides, kills, foreign requests, export."""
 
+import http.client
 import json
 import pathlib
 import threading
@@ -88,7 +89,8 @@ def vote_all(server, name, choice, acknowledged):
       assert status == 200
       acknowledged.append((name, one['item']))
       found = answer
-    except OSError:
+    # An answer may break off in its middle.
+    except (OSError, http.client.HTTPException):
       threading.Event().wait(0.05)
 
 
