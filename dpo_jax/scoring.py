@@ -124,7 +124,7 @@ def _open_clip(
   return _Networks(
     compute=scorers.clip_compute(name, model),
     params=params,
-    preprocess=_read_preprocess(own, config),
+    preprocess=_read_preprocess(name, own, config),
     encode=encode,
     dtype=dtype,
   )
@@ -159,11 +159,13 @@ def _open_classifier(place: str) -> _Networks:
 
 
 def _read_preprocess(
-  folder: pathlib.Path, config: clip_pair.CLIPConfig
-) -> clip_pixels.Preprocess:
-  """transformers' where its file is there, else OpenCLIP's."""
+  name: str, folder: pathlib.Path, config: clip_pair.CLIPConfig
+) -> Callable[[np.ndarray], np.ndarray]:
+  """transformers' where its file is there, else HPSv2's or OpenCLIP's."""
   size, path = config.vision_config.image_size, folder / PREPROCESS
   if not path.is_file():
+    if name in ('hpsv2', 'hpsv21'):
+      return clip_pixels.FitPreprocess(size)
     return clip_pixels.Preprocess(size, rounds=True)
   try:
     return clip_pixels.from_config(json_files.read(path), size=size)
