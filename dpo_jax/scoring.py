@@ -14,8 +14,9 @@ from dpo_jax.data import clip_texts
 from dpo_jax.data import images as images_lib
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.evaluate import clip_pixels, scorers
-from dpo_jax.models import classifier, clip_pair
+from dpo_jax.models import blip, classifier, clip_pair
 from dpo_jax.weights import (
+  blip_files,
   classifiers,
   clip_files,
   diffusers_maps,
@@ -59,11 +60,12 @@ def open_scorer(
   """The judge of a name, with the weights of a folder.
 
   `folder` is one that weights.clip_files reads; of `aesthetic` it also holds
-  aesthetic.safetensors; of `classifier` it is FOLDER:CLASS, the export of task
-  classify and the class that should win. tokenizer: folder of vocab.json and
-  merges.txt, where that is not the scorer's own. dtype: of parameters and
-  compute; 'auto' is float32 on a CPU and bfloat16 elsewhere. batch_size:
-  captions at once, 0 for 8 a device.
+  aesthetic.safetensors; of `imagereward` it is one of med_config.json,
+  model.safetensors and BERT's vocab.txt; of `classifier` it is FOLDER:CLASS,
+  the export of task classify and the class that should win. tokenizer: folder
+  of CLIP's vocab.json and merges.txt, where that is not the scorer's own.
+  dtype: of parameters and compute; 'auto' is float32 on a CPU and bfloat16
+  elsewhere. batch_size: captions at once, 0 for 8 a device.
 
   Raises:
     ValueError: one line naming the file that is missing or wrong.
@@ -80,6 +82,8 @@ def open_scorer(
     )
   if name == 'classifier':
     networks = _open_classifier(folder)
+  elif name == 'imagereward':
+    networks = _open_imagereward(folder, dtype=dtype)
   else:
     networks = _open_clip(name, folder, tokenizer=tokenizer, dtype=dtype)
   return scorers.Scorer(
@@ -126,6 +130,24 @@ def _open_clip(
     params=params,
     preprocess=_read_preprocess(name, own, config),
     encode=encode,
+    dtype=dtype,
+  )
+
+
+def _open_imagereward(folder: str, *, dtype: str) -> _Networks:
+  config, params = blip_files.load(folder, dtype=dtype)
+  words = tokenizer_lib.load_bert(folder)
+  if words.vocab_size != config.text.vocab_size:
+    raise ValueError(
+      f'{folder}/vocab.txt: {words.vocab_size} tokens with [DEC] '
+      f'and [ENC], med_config.json has vocab_size={config.text.vocab_size}'
+    )
+  model = blip.ImageReward(config, dtype=jnp.dtype(dtype))
+  return _Networks(
+    compute=scorers.imagereward_compute(model),
+    params=params,
+    preprocess=clip_pixels.Preprocess(config.vision.image_size, rounds=True),
+    encode=lambda captions: words.encode(captions)[0],
     dtype=dtype,
   )
 
