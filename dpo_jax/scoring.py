@@ -15,8 +15,9 @@ from dpo_jax.data import clip_texts
 from dpo_jax.data import images as images_lib
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.evaluate import clip_pixels, implicit, scorers
-from dpo_jax.models import classifier, clip_pair
+from dpo_jax.models import blip, classifier, clip_pair
 from dpo_jax.weights import (
+  blip_files,
   classifiers,
   clip_files,
   diffusers_maps,
@@ -62,10 +63,12 @@ def open_scorer(
   """The judge of a name, with the weights of a folder.
 
   `folder` is one that weights.clip_files reads; of `aesthetic` it also holds
-  aesthetic.safetensors; of `classifier` it is FOLDER:CLASS, the export of task
-  classify and the class that should win; of `implicit` BASE:WEIGHTS, a model
-  and what loading.load_weights takes (a run of dpo_jax.main). tokenizer:
-  folder of vocab.json and merges.txt, where that is not the scorer's own.
+  aesthetic.safetensors; of `imagereward` it is one of med_config.json,
+  model.safetensors and BERT's vocab.txt; of `classifier` it is FOLDER:CLASS,
+  the export of task classify and the class that should win; of `implicit`
+  BASE:WEIGHTS, a model and what loading.load_weights takes (a run of
+  dpo_jax.main). tokenizer: folder of CLIP's vocab.json and merges.txt, where
+  that is not the scorer's own.
   dtype: of parameters and compute; 'auto' is float32 on a CPU and bfloat16
   elsewhere. batch_size: captions at once, 0 for 8 a device.
 
@@ -86,6 +89,8 @@ def open_scorer(
     networks = _open_classifier(folder)
   elif name == 'implicit':
     networks = _open_implicit(folder, mesh=mesh, dtype=dtype)
+  elif name == 'imagereward':
+    networks = _open_imagereward(folder, dtype=dtype)
   else:
     networks = _open_clip(name, folder, tokenizer=tokenizer, dtype=dtype)
   return scorers.Scorer(
@@ -130,8 +135,26 @@ def _open_clip(
   return _Networks(
     compute=scorers.clip_compute(name, model),
     params=params,
-    preprocess=_read_preprocess(own, config),
+    preprocess=_read_preprocess(name, own, config),
     encode=encode,
+    dtype=dtype,
+  )
+
+
+def _open_imagereward(folder: str, *, dtype: str) -> _Networks:
+  config, params = blip_files.load(folder, dtype=dtype)
+  words = tokenizer_lib.load_bert(folder)
+  if words.vocab_size != config.text.vocab_size:
+    raise ValueError(
+      f'{folder}/vocab.txt: {words.vocab_size} tokens with [DEC] '
+      f'and [ENC], med_config.json has vocab_size={config.text.vocab_size}'
+    )
+  model = blip.ImageReward(config, dtype=jnp.dtype(dtype))
+  return _Networks(
+    compute=scorers.imagereward_compute(model),
+    params=params,
+    preprocess=clip_pixels.Preprocess(config.vision.image_size, rounds=True),
+    encode=lambda captions: words.encode(captions)[0],
     dtype=dtype,
   )
 
@@ -197,11 +220,13 @@ def _to_square(
 
 
 def _read_preprocess(
-  folder: pathlib.Path, config: clip_pair.CLIPConfig
-) -> clip_pixels.Preprocess:
-  """transformers' where its file is there, else OpenCLIP's."""
+  name: str, folder: pathlib.Path, config: clip_pair.CLIPConfig
+) -> Callable[[np.ndarray], np.ndarray]:
+  """transformers' where its file is there, else HPSv2's or OpenCLIP's."""
   size, path = config.vision_config.image_size, folder / PREPROCESS
   if not path.is_file():
+    if name in ('hpsv2', 'hpsv21'):
+      return clip_pixels.FitPreprocess(size)
     return clip_pixels.Preprocess(size, rounds=True)
   try:
     return clip_pixels.from_config(json_files.read(path), size=size)

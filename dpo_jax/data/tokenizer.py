@@ -1,4 +1,4 @@
-"""CLIP's tokenizer, read from a diffusers `tokenizer` folder."""
+"""CLIP's tokenizer of a diffusers `tokenizer` folder, and BERT's of BLIP."""
 
 import dataclasses
 import pathlib
@@ -157,3 +157,75 @@ def load(
       'tokenizer_config.json must be at least 3 (77 for Stable Diffusion)'
     )
   return Tokenizer(backend, int(length))
+
+
+@dataclasses.dataclass(frozen=True)
+class BertTokenizer:
+  """Encodes captions as ImageReward does; safe to share by threads."""
+
+  backend: transformers.PreTrainedTokenizerBase
+  max_length: int
+  _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+  @property
+  def vocab_size(self) -> int:
+    return len(self.backend)
+
+  def encode(
+    self, captions: Sequence[str]
+  ) -> tuple[Int32[np.ndarray, 'n s'], int]:
+    """Returns int32 [n, max_length] token ids and how many were truncated.
+
+    Rows are [CLS], caption, [SEP], [PAD]; a long caption keeps its first
+    max_length - 2 tokens. Unlike CLIP's, text that spells a control token is
+    that token, as in the original, and lone surrogates become '?'.
+    """
+    backend, length = self.backend, self.max_length
+    ids = np.full((len(captions), length), backend.pad_token_id, np.int32)
+    if not captions:
+      return ids, 0
+    texts = [
+      caption.encode('utf-8', 'replace').decode() for caption in captions
+    ]
+    with self._lock:
+      found = backend(texts, add_special_tokens=False, verbose=False)
+    truncated = 0
+    for i, row in enumerate(found['input_ids']):
+      truncated += len(row) > length - 2
+      row = [
+        backend.cls_token_id,
+        *row[: length - 2],
+        backend.sep_token_id,
+      ]
+      ids[i, : len(row)] = row
+    return ids, truncated
+
+
+def load_bert(
+  folder: str | pathlib.Path, *, max_length: int = 35
+) -> BertTokenizer:
+  """BLIP's tokenizer, from the vocab.txt of bert-base-uncased in a folder.
+
+  It has two more tokens behind the vocabulary's: [DEC] and [ENC]. Raises
+  ValueError when there is no vocab.txt or it is none of BERT's.
+  """
+  path = pathlib.Path(folder) / 'vocab.txt'
+  if not path.is_file():
+    raise ValueError(f'{path}: no such file; it is that of bert-base-uncased')
+  words = set(path.read_text(encoding='utf-8').split('\n'))
+  missing = [
+    word for word in '[PAD] [UNK] [CLS] [SEP]'.split() if word not in words
+  ]
+  if missing:
+    raise ValueError(f'{path}: not a vocabulary of BERT, no {missing[0]} in it')
+  try:
+    backend = transformers.BertTokenizer.from_pretrained(
+      path.parent, do_lower_case=True, local_files_only=True
+    )
+  # The readers of the files raise what they like.
+  except Exception as error:
+    reason = ' '.join(str(error).split())
+    raise ValueError(f'{path}: not a vocabulary of BERT: {reason}') from error
+  backend.add_special_tokens({'bos_token': '[DEC]'})
+  backend.add_special_tokens({'additional_special_tokens': ['[ENC]']})
+  return BertTokenizer(backend, max_length)

@@ -3,7 +3,7 @@
 The originals work on Pillow's bytes: the shorter side becomes `size` pixels
 (bicubic), the middle square is cut out, and bytes become numbers. transformers
 and torchvision, which OpenCLIP uses, differ in one thing: where the middle of
-an odd rest is.
+an odd rest is. HPSv2 cuts nothing off.
 """
 
 import dataclasses
@@ -63,6 +63,42 @@ class Preprocess:
 
   def _begin(self, rest: int) -> int:
     return round(rest / 2) if self.rounds else rest // 2
+
+
+@dataclasses.dataclass(frozen=True)
+class FitPreprocess:
+  """HPSv2's: the whole picture, its longer side `size`, on a black square.
+
+  Numbers are scaled, not bytes: they are not rounded and may leave [0, 1]
+  (hpsv2 1.2.0, img_score.py; Wu et al. 2023 do not describe it). The original
+  leaves it to torchvision whether pictures are smoothed before they become
+  smaller; releases from 0.17 on do, which is what this is.
+  """
+
+  size: int
+  mean: tuple[float, ...] = MEAN
+  std: tuple[float, ...] = STD
+
+  def __call__(
+    self, pixels: UInt8[np.ndarray, 'H W 3']
+  ) -> Float32[np.ndarray, 'size size 3']:
+    """The square with the picture in its middle, (x / 255 - mean) / std."""
+    values = np.float32(pixels) / np.float32(255)
+    scale = self.size / max(values.shape[:2])
+    h, w = (round(side * scale) for side in values.shape[:2])
+    if scale != 1:
+      channels = [Image.fromarray(x) for x in np.moveaxis(values, -1, 0)]
+      values = np.stack(
+        [
+          np.asarray(x.resize((w, h), Image.Resampling.BICUBIC))
+          for x in channels
+        ],
+        axis=-1,
+      )
+    square = np.zeros((self.size, self.size, 3), np.float32)
+    top, left = (self.size - h) // 2, (self.size - w) // 2
+    square[top : top + h, left : left + w] = values
+    return (square - np.float32(self.mean)) / np.float32(self.std)
 
 
 def from_config(values: Mapping[str, Any], *, size: int) -> Preprocess:

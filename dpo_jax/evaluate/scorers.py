@@ -1,4 +1,4 @@
-"""Judges of pictures: PickScore, HPSv2, CLIP score, LAION's aesthetics.
+"""Judges of pictures: PickScore, HPSv2, CLIP, aesthetics, ImageReward.
 
 A score is a number a picture, larger is better, comparable within a prompt.
 
@@ -8,11 +8,13 @@ A score is a number a picture, larger is better, comparable within a prompt.
 | hpsv2, hpsv21 | cos(text, image), about 0.28 | OpenCLIP ViT-H/14 |
 | clip | 100 cos(text, image) | any CLIP |
 | aesthetic | LAION's predictor of the image alone, 1 to 10 | CLIP ViT-L/14 |
+| imagereward | a head on BLIP, mean 0 and spread 1 | BLIP ViT-L/16 |
 | classifier | log odds of one class of a classifier of task `classify` | |
 | implicit | err(ref) - err(policy): a trained model's own reward | |
 
 Kirstain et al. 2023, section 4; Wu et al. 2023, section 4; Hessel et al. 2021,
-eq. 1 without its cut at 0, which would make ties; Schuhmann 2022.
+eq. 1 without its cut at 0, which would make ties; Schuhmann 2022; Xu et al.
+2023.
 """
 
 import concurrent.futures
@@ -35,6 +37,7 @@ NAMES = (
   'hpsv21',
   'clip',
   'aesthetic',
+  'imagereward',
   'classifier',
   'implicit',
 )
@@ -72,6 +75,18 @@ def clip_compute(name: str, model: clip_pair.CLIP) -> ComputeFn:
     if name == 'pickscore':
       return jnp.exp(tower['logit_scale'].astype(jnp.float32)) * cos
     return 100.0 * cos if name == 'clip' else cos
+
+  return compute
+
+
+def imagereward_compute(model: nn.Module) -> ComputeFn:
+  """Of a model of (pixels, input_ids): each text is read with each picture."""
+
+  def compute(params, pixels, input_ids):
+    n, k = pixels.shape[:2]
+    flat = pixels.reshape(n * k, *pixels.shape[2:])
+    texts = jnp.repeat(input_ids, k, axis=0)
+    return model.apply({'params': params}, flat, texts).reshape(n, k)
 
   return compute
 

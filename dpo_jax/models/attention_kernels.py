@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dpo_jax import sharding
 
@@ -32,6 +32,11 @@ _SPLASH_BLOCKS = (1024, 512, 256, 128)
 def whole(q: Queries, k: Keys, v: Keys, *, is_causal: bool = False) -> Queries:
   """Two products and a softmax, all scores at once."""
   return _rows(q, k, v, 0, is_causal)
+
+
+def masked(q: Queries, k: Keys, v: Keys, mask: Bool[Array, 'n k']) -> Queries:
+  """As `whole`, to the keys at which `mask` is true: one or more in a row."""
+  return _rows(q, k, v, 0, False, mask[:, None, None, :])
 
 
 def xla(q: Queries, k: Keys, v: Keys, *, is_causal: bool = False) -> Queries:
@@ -60,16 +65,18 @@ def xla(q: Queries, k: Keys, v: Keys, *, is_causal: bool = False) -> Queries:
   return out[:, :queries]
 
 
-def _rows(q, k, v, first, is_causal):
+def _rows(q, k, v, first, is_causal, mask=None):
   """The output of the queries from number `first` on."""
   scores = jnp.einsum(
     'nqhd,nkhd->nhqk', q, k, preferred_element_type=jnp.float32
   )
   scores = scores * q.shape[-1] ** -0.5
+  if mask is not None:
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
   if is_causal:
     place = first + jnp.arange(q.shape[1], dtype=jnp.int32)[:, None]
-    mask = place >= jnp.arange(k.shape[1], dtype=jnp.int32)
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    past = place >= jnp.arange(k.shape[1], dtype=jnp.int32)
+    scores = jnp.where(past, scores, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   return jnp.einsum('nhqk,nkhd->nqhd', weights, v)
 

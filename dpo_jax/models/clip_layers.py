@@ -33,13 +33,7 @@ def check(config: Config) -> None:
   options.check(config.hidden_act in ACTIVATIONS, config, 'hidden_act', allowed)
   for option in ('num_hidden_layers', 'projection_dim'):
     options.check(getattr(config, option) > 0, config, option, '1 or more')
-  heads = config.num_attention_heads
-  options.check(
-    heads > 0 and config.hidden_size % heads == 0,
-    config,
-    'num_attention_heads',
-    f'a divisor of hidden_size={config.hidden_size}',
-  )
+  options.check_heads(config)
 
 
 class Encoder(nn.Module):

@@ -74,6 +74,17 @@ def check_types(config: Any) -> None:
       check(bool(good), config, field.name, 'a list of integers above 0')
 
 
+def check_heads(config: Any) -> None:
+  """Raises ValueError where hidden_size does not split into the heads."""
+  heads = config.num_attention_heads
+  check(
+    heads > 0 and config.hidden_size % heads == 0,
+    config,
+    'num_attention_heads',
+    f'a divisor of hidden_size={config.hidden_size}',
+  )
+
+
 def spread(config: Any, option: str, length: int) -> None:
   """Turns one integer into one per block, in place, and checks the length."""
   value = getattr(config, option)
