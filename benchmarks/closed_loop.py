@@ -7,8 +7,8 @@ Two judges of style are trained first, on real pictures of different captions:
 the labeller on those that are drawn for training, the evaluator on the held-out
 ones, which are drawn for comparing. They share no picture, no seed. Then, for
 each seed, `dpo_jax.tools.rounds`: draw four pictures of each training caption,
-let the labeller choose the best and the worst, train, compare with the base
-by the evaluator; two rounds of DPO, and of SFT on the winners, whose first
+let the labeller choose the best and the worst where these differ enough, train,
+compare with the base by the evaluator; two rounds of DPO, and of SFT on the winners, whose first
 round has the same pictures and pairs. The same command goes on where it
 stopped.
 
@@ -46,6 +46,8 @@ DRAWING = (
   '--steps=25',
   '--guidance_scale=2.0',
   '--batch=64',
+  # In log odds: the labeller is sure of one of the two at least.
+  '--min_gap=10',
   '--images_per_prompt=4',
 )
 

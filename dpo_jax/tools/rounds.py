@@ -76,6 +76,12 @@ def _parse(argv: Sequence[str]):
   add('--rounds', type=whole, default=1)
   add('--images_per_prompt', type=arguments.number(int, low=2), default=4)
   add('--pairs', default='extremes', choices=ranking.MODES)
+  add(
+    '--min_gap',
+    type=arguments.number(float, low=0),
+    default=0.0,
+    help="of a pair's scores, see tools.rank",
+  )
   add('--seed', type=arguments.number(int, low=0, high=10**6), default=0)
   add('--dry_run', action='store_true', help='print the commands only')
   values, rest = parser.parse_known_args(list(argv))
@@ -152,6 +158,7 @@ def plan(argv: Sequence[str]) -> list[Stage]:
           f'--pictures={pictures}',
           f'--scorer={values.labeller}',
           f'--pairs={values.pairs}',
+          f'--min_gap={values.min_gap}',
           *tokenizer,
         ),
       ),

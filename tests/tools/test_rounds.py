@@ -43,7 +43,7 @@ def words(tmp_path):
     f'--eval_prompts={tmp_path / "eval.txt"}',
     f'--labeller={JUDGE}:twemoji',
     f'--scorers={JUDGE}:noto',
-    '--rounds=2',
+    '--rounds=1',
     '--images_per_prompt=2',
     *DRAWING,
     *TINY,
@@ -70,7 +70,7 @@ def flag(stage, name):
 
 
 def test_each_round_goes_on_from_the_last(words, tmp_path):
-  stages = rounds.plan(words)
+  stages = rounds.plan([*words, '--rounds=2', '--min_gap=2.5', '--pairs=all'])
   root = tmp_path / 'loop'
   assert len(stages) == 1 + 2 * 6
   assert len({stage.name for stage in stages}) == len(stages)
@@ -83,6 +83,8 @@ def test_each_round_goes_on_from_the_last(words, tmp_path):
     assert flag(draw, 'model') == model
     assert flag(train, 'config.model.folder') == model
     assert flag(train, 'config.data.path').endswith(f'round_{number}/pairs')
+    rank = find(stages, f'round {number}: rank')
+    assert flag(rank, 'min_gap') == '2.5' and flag(rank, 'pairs') == 'all'
     # Both are compared with the first model.
     compare = find(stages, f'round {number}: compare')
     assert flag(compare, 'a') == str(root / 'base')
@@ -91,7 +93,7 @@ def test_each_round_goes_on_from_the_last(words, tmp_path):
   assert base == again == last and len({base, one, two}) == 3
 
 
-def test_two_rounds(words, tmp_path, monkeypatch, capsys):
+def test_a_whole_round_that_was_stopped(words, tmp_path, monkeypatch, capsys):
   done = []
 
   def count(stage):
@@ -115,7 +117,7 @@ def test_two_rounds(words, tmp_path, monkeypatch, capsys):
   assert done == [stage.name for stage in rounds.plan(words)]
   out = capsys.readouterr().out
   record = json.loads((root / 'rounds.json').read_text())
-  assert len(record['rounds']) == 2
+  assert len(record['rounds']) == 1
   for number, one in enumerate(record['rounds'], 1):
     rate = one['over_base']['classifier']
     report = json.loads(
