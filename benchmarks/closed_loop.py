@@ -8,9 +8,9 @@ the labeller on those that are drawn for training, the evaluator on the held-out
 ones, which are drawn for comparing. They share no picture, no seed. Then, for
 each seed, `dpo_jax.tools.rounds`: draw four pictures of each training caption,
 let the labeller choose the best and the worst where these differ enough, train,
-compare with the base by the evaluator; two rounds of DPO, and of SFT on the winners, whose first
-round has the same pictures and pairs. The same command goes on where it
-stopped.
+compare with the base by the evaluator; two rounds of DPO, and of SFT on the
+winners, whose first round has the same pictures and pairs. The same command
+goes on where it stopped.
 
 The table: win rate over the base by the evaluator (a prompt's outcome is its
 mean over the seeds; bootstrap over prompts), the share of pictures in the
