@@ -1,5 +1,6 @@
 """Opens judges: their weights, tokenizer and preprocessing, on a mesh."""
 
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -27,6 +28,8 @@ from dpo_jax.weights import (
 PREPROCESS = 'preprocessor_config.json'
 # Files of the aesthetic predictor's tensors, beside the CLIP it stands on.
 HEAD = 'aesthetic.safetensors'
+# Judges of pictures alone.
+TEXTLESS = ('aesthetic', 'classifier')
 HEAD_RULES = mapping.Rules(indexed=('layers',))
 
 
@@ -71,7 +74,8 @@ def open_scorer(
   if dtype == 'auto':
     on_cpu = mesh.devices.flat[0].platform == 'cpu'
     dtype = 'float32' if on_cpu else 'bfloat16'
-  ways = sharding.batch_ways(mesh)
+  # Each device and each process takes an equal part.
+  ways = math.lcm(sharding.batch_ways(mesh), jax.process_count())
   size = batch_size or 8 * ways
   if size % ways:
     raise ValueError(
