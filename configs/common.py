@@ -344,6 +344,17 @@ def _eval():
   c.preferred = ''
   # Nearest picture among all real ones: only for small data sets.
   c.retrieval = False
+  # NAME=FOLDER of a judge, as for dpo_jax.tools.label: every train.eval_every
+  # steps the policy draws score_prompts, always from the same noise, and the
+  # checkpoint of the largest median score is kept (Wallace et al., section 5.1:
+  # PickScore on 500 validation prompts). '' is off.
+  c.scorer = ''
+  # Folder with CLIP's vocab.json and merges.txt, where the judge has none.
+  c.scorer_tokenizer = ''
+  # File of prompts (.txt, .json, .jsonl, .csv, .tsv, .parquet), '' for the
+  # held-out captions; the first so many of them.
+  c.score_prompts = ''
+  c.num_score_prompts = 500
   return c
 
 
@@ -352,4 +363,7 @@ def _export():
   c = ml_collections.ConfigDict()
   # float32 | float16 | bfloat16.
   c.dtype = 'float32'
+  # Which step: last | best (by eval.scorer) | auto (best where there is a
+  # scorer, else last).
+  c.select = 'auto'
   return c

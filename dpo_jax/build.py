@@ -12,9 +12,12 @@ import numpy as np
 from dpo_jax import (
   caching,
   datasets,
+  drawing,
   from_config,
   limits,
   loading,
+  scoring,
+  selecting,
   sharding,
   trees,
 )
@@ -40,6 +43,7 @@ class Job:
     counts: what became of the data's rows.
     held_batches: held-out batches by epoch.
     adapters: what adapters are trained, None where none are.
+    validation: what scores a step's pictures, None where nothing does.
   """
 
   record: dict[str, Any]
@@ -53,6 +57,7 @@ class Job:
   counts: dict[str, int]
   held_batches: Callable
   adapters: lora.Settings | None = None
+  validation: selecting.Validation | None = None
 
 
 def _load_judge(config) -> judge_lib.StyleJudge | None:
@@ -69,6 +74,39 @@ def _load_judge(config) -> judge_lib.StyleJudge | None:
     params=params,
     classes=settings.classes,
     preferred=config.eval.preferred,
+  )
+
+
+def _open_validation(config, opened, task, data, mesh):
+  """The judge of each step's pictures, where there is one."""
+  if not config.eval.scorer:
+    return None
+  prompts = selecting.read_prompts(
+    config.eval.score_prompts, config.eval.num_score_prompts, data.find_prompts
+  )
+  ((name, folder),) = scoring.parse(config.eval.scorer).items()
+  scorer = scoring.open_scorer(
+    name, folder, mesh=mesh, tokenizer=config.eval.scorer_tokenizer
+  )
+  names = ('sampler', 'num_steps', 'guidance_scale', 'guidance_rescale')
+  return selecting.Validation(
+    # Between two evaluations its memory is the training's.
+    scorer=dataclasses.replace(scorer, params=jax.device_get(scorer.params)),
+    prompts=prompts,
+    draw=drawing.make_draw(
+      opened,
+      [one.text for one in prompts],
+      np.array([one.seed for one in prompts], np.uint32),
+      negatives=[one.negative or '' for one in prompts],
+      settings=config.eval,
+      side=config.data.resolution,
+      seed=config.seed,
+      mesh=mesh,
+    ),
+    settings={name: config.eval[name] for name in names}
+    | {'side': config.data.resolution, 'seed': config.seed},
+    start=opened.params,
+    complete=lambda params: task.complete(params, opened.params),
   )
 
 
@@ -314,6 +352,7 @@ def build(
       empty_cond=data.cache and data.cache.empty,
     )
     opened, task = _leave_start(opened, task)
+  validation = _open_validation(config, opened, task, data, mesh)
   if data.all_images is not None:
     cut = _count_cut(tokenizer, data.all_images.captions)
     counts = counts | {'captions_cut': cut}
@@ -325,6 +364,7 @@ def build(
     pinned={
       'source': source or {},
       'data': {'sha256': data.fingerprint},
+      **({'scorer': validation.describe()} if validation else {}),
     },
     loop_arguments={
       'task': task,
@@ -343,6 +383,7 @@ def build(
     counts=counts,
     held_batches=held_batches,
     adapters=from_config.lora_settings(config),
+    validation=validation,
   )
 
 

@@ -5,8 +5,10 @@ JAX's own runtime does the work; here is where its settings come from.
 
 import contextlib
 import dataclasses
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -187,6 +189,18 @@ def say(text: str) -> None:
   """Prints to standard error, once and not once a process."""
   if is_primary():
     print(text, file=sys.stderr, flush=True)
+
+
+def from_primary(record: Any) -> Any:
+  """What process 0 gives, of JSON types, in all processes; all call it."""
+  if jax.process_count() == 1:
+    return record
+  data = json.dumps(record).encode() if is_primary() else b''
+  length = multihost_utils.broadcast_one_to_all(np.int32(len(data)))
+  buffer = np.zeros(int(length), np.uint8)
+  if is_primary():
+    buffer[:] = np.frombuffer(data, np.uint8)
+  return json.loads(bytes(multihost_utils.broadcast_one_to_all(buffer)))
 
 
 def wait_for_all(*, seconds: int = 3600) -> None:

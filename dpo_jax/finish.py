@@ -12,11 +12,20 @@ import numpy as np
 from etils import epath
 
 import dpo_jax
-from dpo_jax import build, distributed, folders, loading, sharding, trees, types
+from dpo_jax import (
+  build,
+  distributed,
+  drawing,
+  folders,
+  loading,
+  selecting,
+  sharding,
+  trees,
+  types,
+)
 from dpo_jax import stable_diffusion as sd_lib
 from dpo_jax.data import images as images_lib
 from dpo_jax.evaluate import (
-  generate,
   grid,
   implicit,
   report,
@@ -24,7 +33,6 @@ from dpo_jax.evaluate import (
   stats,
 )
 from dpo_jax.train import evaluators, loop, progress
-from dpo_jax.train import state as state_lib
 from dpo_jax.weights import classifiers, lora_files, lora_names
 
 
@@ -46,8 +54,9 @@ def finish(job: build.Job, result: loop.Result, path: epath.Path) -> None:
     'data_position': result.position,
   }
   _write_json(path / 'final.json', digest)
+  chosen = _choose(job, result, path)
   with folders.on_disk(path, take=('metrics.jsonl',)) as local:
-    finishers[job.record['task']](job, result, local)
+    finishers[job.record['task']](job, chosen, result, local)
   distributed.say(f'done: {path}')
 
 
@@ -56,9 +65,12 @@ def _write_json(path: os.PathLike, record: dict[str, Any]) -> None:
     folders.write_json(folders.to_path(path), record)
 
 
-def _final(result: loop.Result) -> types.Params:
-  """What was trained, on the host."""
-  return jax.tree.map(trees.fetch, state_lib.final_params(result.state))
+def _choose(job, result, path) -> selecting.Chosen:
+  """What is exported, by export.select."""
+  by = job.record['export']['select']
+  if by == 'auto':
+    by = 'best' if job.record['eval']['scorer'] else 'last'
+  return selecting.choose(result.state, result.best, by=by, workdir=path)
 
 
 def _complete(job: build.Job, params: types.Params) -> types.Params:
@@ -85,8 +97,9 @@ def _as_float(images: np.ndarray) -> np.ndarray:
   return np.asarray(sd_lib.to_float(jnp.asarray(images)))
 
 
-def _finish_classify(job, result, path):
-  params = _final(result)['classifier']
+def _finish_classify(job, chosen, result, path):
+  del result
+  params = chosen.params['classifier']
   if not distributed.is_primary():
     return
   classifiers.save(
@@ -129,9 +142,10 @@ def _save_adapters(job, path, params):
     )
 
 
-def _finish_autoencode(job, result, path):
+def _finish_autoencode(job, chosen, result, path):
   """Exports the VAE with the scaling factor its latents ask for."""
-  params = _final(result)['vae']
+  del result
+  params = chosen.params['vae']
   if not distributed.is_primary():
     return
   resolution = job.record['data']['resolution']
@@ -182,32 +196,16 @@ def _prompts(job: build.Job) -> tuple[list[str], np.ndarray]:
 
 def _make_sampler(job: build.Job, captions, seeds):
   """params -> uint8 images of these captions and seeds; compiled once."""
-  record = job.record['eval']
-  side = job.record['data']['resolution']
-  settings = generate.Settings(
-    size=(side, side),
-    sampler=record['sampler'],
-    num_steps=record['num_steps'],
-    guidance_scale=record['guidance_scale'],
-    guidance_rescale=record['guidance_rescale'],
+  draw = drawing.make_draw(
+    job.opened,
+    captions,
+    seeds,
+    settings=job.record['eval'],
+    side=job.record['data']['resolution'],
+    seed=job.record['seed'],
+    mesh=job.mesh,
   )
-  sample_fn = generate.make_sample_fn(job.opened.model, settings)
-  inputs = generate.prompt_batch(
-    job.opened.model, job.tokenizer.encode, captions
-  )
-
-  def sample(params):
-    return generate.generate(
-      sample_fn,
-      jax.device_put(params, sharding.state_shardings(params, job.mesh)),
-      inputs,
-      seeds,
-      seed=job.record['seed'],
-      batch_size=record['batch_size'],
-      mesh=job.mesh,
-    )
-
-  return sample
+  return lambda params: np.concatenate([images for _, images in draw(params)])
 
 
 def _quality(job: build.Job, images, captions) -> dict[str, float]:
@@ -228,8 +226,9 @@ def _quality(job: build.Job, images, captions) -> dict[str, float]:
   return found
 
 
-def _finish_denoise(job, result, path):
-  trained = _final(result)
+def _finish_denoise(job, chosen, result, path):
+  del result
+  trained = chosen.params
   _save_model(job, path, trained)
   captions, seeds = _prompts(job)
   images = _make_sampler(job, captions, seeds)(job.opened.params | trained)
@@ -238,6 +237,7 @@ def _finish_denoise(job, result, path):
   quality = _quality(job, images, captions) | {
     'n': len(captions),
     'settings': job.record['eval'],
+    'exported': chosen.record,
   }
   _write_json(path / 'quality.json', quality)
   first = {
@@ -264,9 +264,9 @@ def _finish_denoise(job, result, path):
   )
 
 
-def _finish_preference(job, result, path):
+def _finish_preference(job, chosen, result, path):
   started = time.monotonic()
-  params = _final(result)
+  params = chosen.params
   trained = _complete(job, params)
   _save_model(job, path, trained)
   _save_adapters(job, path, params)
@@ -291,7 +291,7 @@ def _finish_preference(job, result, path):
     _as_float(base), _as_float(aligned), captions, outcomes
   )
   grid.save_pair_grid(
-    path / 'samples' / f'step_{int(result.state.step):06d}.png',
+    path / 'samples' / f'step_{chosen.record["step"]:06d}.png',
     pairs.base[:48],
     pairs.aligned[:48],
     captions[:48],
@@ -308,6 +308,7 @@ def _finish_preference(job, result, path):
     judge=_judge_words(job),
     cost=_cost(job, result, time.monotonic() - started),
     data=job.counts | {'held_out_prompts': len(set(captions))},
+    exported=chosen.record,
   )
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import ml_collections
 
-from dpo_jax import objective_limits
+from dpo_jax import objective_limits, scoring
 from dpo_jax.diffusion import samplers, weights
+from dpo_jax.evaluate import prompts
 from dpo_jax.models import attention, unet
 from dpo_jax.objectives import registry
 from dpo_jax.tasks import inputs as inputs_lib
@@ -42,6 +43,7 @@ CHOICES = {
   'optim.schedule': optimizer_lib.SCHEDULES,
   'eval.sampler': samplers.SAMPLERS,
   'export.dtype': tuple(diffusers_maps.DTYPES),
+  'export.select': ('auto', 'last', 'best'),
 }
 # Inclusive lower and exclusive upper bounds.
 RANGES = {
@@ -101,6 +103,7 @@ RANGES = {
   'eval.batch_size': (1, math.inf),
   'eval.num_draws': (1, math.inf),
   'eval.num_pairs': (0, math.inf),
+  'eval.num_score_prompts': (1, math.inf),
 }
 
 
@@ -128,6 +131,7 @@ def validate(config: ml_collections.ConfigDict) -> dict[str, Any]:
   )
   problems += _check_sources(config)
   problems += _check_ignored(config)
+  problems += _check_scorer(config)
   if config.task == 'preference':
     problems += objective_limits.check(config)
   if config.train.checkpoint_every % config.train.log_every:
@@ -170,6 +174,62 @@ def _check_ignored(config) -> list[str]:
     for key, (default, other, allowed) in users.items()
     if _leaf(config, key) != default and _leaf(config, other) not in allowed
   ]
+
+
+def _check_scorer(config) -> list[str]:
+  """Of eval.scorer and of what is for it alone."""
+  settings = config.eval
+  if not settings.scorer:
+    problems = [
+      f'eval.{name}={settings[name]!r}: is for eval.scorer, which is empty; '
+      'name a judge, or leave it out'
+      for name in ('scorer_tokenizer', 'score_prompts')
+      if settings[name]
+    ]
+    if config.export.select == 'best':
+      problems.append(
+        "export.select='best': needs eval.scorer=NAME=FOLDER, which is empty; "
+        "name a judge, or export the 'last' step"
+      )
+    return problems
+  given, problems = f'eval.scorer={settings.scorer!r}', []
+  try:
+    judges = scoring.parse(settings.scorer)
+  except ValueError as error:
+    judges = {}
+    problems.append(f'eval.scorer: {error}')
+  if len(judges) > 1:
+    problems.append(f'{given}: names {len(judges)} judges; give one')
+  for name, folder in judges.items():
+    if name in scoring.IN_PARTS:
+      folder = folder.rpartition(':')[0] or folder
+    if not pathlib.Path(folder).exists():
+      problems.append(f'{given}: there is no {folder}; name its weights')
+    if settings.scorer_tokenizer and name in scoring.WITHOUT_TOKENIZER:
+      problems.append(
+        f'eval.scorer_tokenizer={settings.scorer_tokenizer!r}: {name} takes '
+        'none; leave it out'
+      )
+  if config.task not in ('preference', 'denoise'):
+    problems.append(
+      f'{given}: judges pictures of prompts, which task={config.task} does not '
+      'draw; leave it out'
+    )
+  if not config.train.eval_every:
+    problems.append(
+      f'{given}: scores every train.eval_every steps, which is 0 (never); set '
+      'it, or leave out the judge'
+    )
+  for name in ('scorer_tokenizer', 'score_prompts'):
+    if settings[name] and not pathlib.Path(settings[name]).exists():
+      problems.append(f'eval.{name}={settings[name]!r}: is not there')
+  suffix = pathlib.Path(settings.score_prompts).suffix.lower()
+  if settings.score_prompts and suffix not in prompts.SUFFIXES:
+    problems.append(
+      f'eval.score_prompts={settings.score_prompts!r}: must end in '
+      + ', '.join(prompts.SUFFIXES)
+    )
+  return problems
 
 
 def _check_sources(config) -> list[str]:

@@ -42,7 +42,10 @@ def _run(argv, watch):
 
     with watch.looping():
       result = loop.run(
-        **job.loop_arguments, workdir=place.path, should_stop=should_stop
+        **job.loop_arguments,
+        workdir=place.path,
+        should_stop=should_stop,
+        selection=job.validation and job.validation.select(place.path),
       )
     finish.finish(job, result, place.path)
 

@@ -1,6 +1,7 @@
 """Opens judges: their weights, tokenizer and preprocessing, on a mesh."""
 
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -31,6 +32,10 @@ PREPROCESS = 'preprocessor_config.json'
 HEAD = 'aesthetic.safetensors'
 # Of noise and timestep for each picture's implicit reward.
 IMPLICIT_DRAWS = 8
+# Judges that read no texts, or have a tokenizer of their own.
+WITHOUT_TOKENIZER = ('aesthetic', 'classifier', 'imagereward', 'implicit')
+# Judges of FOLDER:PART.
+IN_PARTS = ('classifier', 'implicit')
 HEAD_RULES = mapping.Rules(indexed=('layers',))
 
 
@@ -78,7 +83,8 @@ def open_scorer(
   if dtype == 'auto':
     on_cpu = mesh.devices.flat[0].platform == 'cpu'
     dtype = 'float32' if on_cpu else 'bfloat16'
-  ways = sharding.batch_ways(mesh)
+  # Each device and each process takes an equal part.
+  ways = math.lcm(sharding.batch_ways(mesh), jax.process_count())
   size = batch_size or 8 * ways
   if size % ways:
     raise ValueError(

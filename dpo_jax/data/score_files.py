@@ -108,6 +108,15 @@ def _parse(path, data, length, kind, name):
   return array
 
 
+def check_finite(name: str, start: int, values: np.ndarray) -> None:
+  """Raises ValueError naming the record, of those from `start` on."""
+  if not np.isfinite(values).all():
+    where = start + int(
+      np.argmax(~np.isfinite(values).reshape(len(values), -1).all(1))
+    )
+    raise ValueError(f'{name}: record {where} has no finite score')
+
+
 class Writer:
   """A column that is made chunk by chunk, and goes on after a kill."""
 
@@ -162,11 +171,7 @@ class Writer:
 
     Raises ValueError for numbers that are not finite.
     """
-    if not np.isfinite(values).all():
-      where = start + int(
-        np.argmax(~np.isfinite(values).reshape(len(values), -1).all(1))
-      )
-      raise ValueError(f'{self.name}: record {where} has no finite score')
+    check_finite(self.name, start, values)
     folders.write_bytes(self._path(start), _dump(values))
 
   def finish(self) -> np.ndarray:

@@ -78,6 +78,22 @@ PLANS = [
     'Denoising error; rises over the reference, slowly.',
   ),
   _Plan(
+    'Score of what the model draws',
+    [
+      ('median', ['eval/score/median']),
+      ('start', ['eval/score/start_median']),
+    ],
+    "Median of the judge's scores; the largest one is the best step.",
+    smoothing=0.0,
+  ),
+  _Plan(
+    'Pictures that beat the start',
+    [('share', ['eval/score/win_rate_over_start'])],
+    "By the judge's score, same prompt and seed; a tie counts one half.",
+    (0.5, 'no preference'),
+    smoothing=0.0,
+  ),
+  _Plan(
     'Denoising error',
     [('policy', ['err/policy']), ('reference', ['err/ref'])],
     'Mean over both images of a pair.',

@@ -191,14 +191,20 @@ def generate_batches(
   begin = local * jax.process_index()
   for start in range(0, n, batch_size):
     # This process's rows of the global batch; past the end it starts again.
-    rows = (start + begin + np.arange(local)) % n
+    places = begin + np.arange(local, dtype=np.int32)
+    rows = (start + places) % n
     batch = {name: array[rows] for name, array in inputs.items()}
-    batch = sharding.put_batch(batch | {'seed': seeds[rows]}, mesh)
-    numbers = batch.pop('seed')
+    batch |= {'seed': seeds[rows], 'place': places}
+    batch = sharding.put_batch(batch, mesh)
+    numbers, places = batch.pop('seed'), batch.pop('place')
     batch['keys'] = jax.vmap(lambda k: jax.random.fold_in(base, k))(numbers)
     images = sample_fn(params, batch)
     if jax.process_count() > 1:
-      images = multihost_utils.process_allgather(images, tiled=True)
+      # A mesh may have its devices in another order than the processes.
+      images, places = multihost_utils.process_allgather(
+        (images, places), tiled=True
+      )
+      images = images[np.argsort(places)]
     images = np.asarray(images)
     stop = min(n, start + batch_size)
     yield slice(start, stop), images[: stop - start]

@@ -172,3 +172,5 @@ _READERS: dict[str, Callable[[pathlib.Path], Iterable[Any]]] = {
   '.tsv': _read_table,
   '.parquet': _read_parquet,
 }
+# What names of files may end in.
+SUFFIXES = tuple(_READERS)

@@ -45,6 +45,7 @@ def write_report(
   judge: str = '',
   cost: Mapping[str, Any] | None = None,
   data: Mapping[str, Any] | None = None,
+  exported: Mapping[str, Any] | None = None,
   title: str = 'Alignment report',
   max_pairs: int = 48,
 ) -> tuple[pathlib.Path, pathlib.Path]:
@@ -58,6 +59,8 @@ def write_report(
   judge: who judged and how, in a phrase: 'a style classifier trained on ...'.
   cost: pairs_per_second, peak_memory_bytes, device, versions, ...
   data: counts such as pairs, ties_dropped, held_out_prompts.
+  exported: the step that these results and the export are of: `step`, `of` so
+    many, `by` 'last' or 'best', and `best`, what best.json says or None.
   max_pairs: the first so many of `pairs` are shown, unselected.
 
   Both files appear whole or not at all; the page needs no network, holds no
@@ -76,6 +79,7 @@ def write_report(
     'seconds': float(seconds),
     'cost': cost or {},
     'data': data or {},
+    'exported': exported,
     'metrics': {
       'steps_logged': len(metrics.rows),
       'damaged_lines': metrics.damaged,

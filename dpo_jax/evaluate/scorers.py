@@ -28,7 +28,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
-from dpo_jax import sharding, types
+from dpo_jax import distributed, sharding, types
 from dpo_jax.models import clip_pair
 
 NAMES = (
@@ -118,6 +118,7 @@ class Scorer:
     encode: None where texts are not looked at.
     source: where the weights came from, and their digest, for the record.
     batch_size: captions at once; a multiple of the mesh's batch axes.
+    compiled: programs by `compute` and shape, which copies share.
   """
 
   name: str
@@ -128,6 +129,9 @@ class Scorer:
   mesh: jax.sharding.Mesh
   source: dict[str, str]
   batch_size: int = 8
+  compiled: dict[Any, Callable] = dataclasses.field(
+    default_factory=dict, repr=False
+  )
 
   def __post_init__(self):
     if self.name not in NAMES:
@@ -137,47 +141,84 @@ class Scorer:
 
   def batches(
     self,
-    questions: Iterable[Question],
+    questions: Iterable[Any],
     *,
+    ask: Callable[[Any], Question] = tuple,
     read: Callable[[Any], np.ndarray] = np.asarray,
   ) -> Iterator[Float32[np.ndarray, 'n k']]:
     """Scores of captions with as many pictures each, a batch at a time.
 
-    `read` makes uint8 [H W 3] of what stands for a picture. That and the
-    scaling of the next batches go on while the device computes. Equal pictures
-    of a caption get equal scores: rounding alone does not promise it, as it
-    hangs on the place in the batch.
+    `ask` makes a question of what stands for one, `read` uint8 [H W 3] of what
+    stands for a picture. That and the scaling of the next batches go on while
+    the device computes. Equal pictures of a caption get equal scores: rounding
+    alone does not promise it, as it hangs on the place in the batch.
+
+    Several processes all call it with the same questions and get all scores;
+    each asks and reads its share alone.
     """
+    local = self.batch_size // jax.process_count()
+    begin = local * jax.process_index()
 
     def prepare(picture):
       return self.preprocess(read(picture))
 
-    compute = jax.jit(
-      self.compute, out_shardings=sharding.batch_sharding(self.mesh)
-    )
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-      started = (
-        (caption, [pool.submit(prepare, picture) for picture in some])
-        for caption, some in questions
-      )
+
+      def start(group):
+        # This process's rows; past the end the last one is repeated.
+        rows = [min(begin + i, len(group) - 1) for i in range(local)]
+        asked = {row: ask(group[row]) for row in sorted(set(rows))}
+        jobs = {
+          row: [pool.submit(prepare, picture) for picture in some]
+          for row, (_, some) in asked.items()
+        }
+        return len(group), [(asked[row][0], jobs[row]) for row in rows]
+
       running = None
-      for batch in _ahead(_grouped(started, self.batch_size)):
+      groups = _grouped(questions, self.batch_size)
+      for total, share in _ahead(map(start, groups)):
         pixels = np.stack(
-          [np.stack([job.result() for job in jobs]) for _, jobs in batch]
+          [np.stack([job.result() for job in jobs]) for _, jobs in share]
         )
-        placed = {'pixels': self._fill(pixels)}
-        if self.encode is not None:
-          placed['input_ids'] = self._fill(
-            self.encode([caption for caption, _ in batch])
-          )
-        placed = sharding.put_batch(placed, self.mesh)
+        captions = [caption for caption, _ in share]
         # The device works on this batch while the next one is made.
-        scores = compute(self.params, placed['pixels'], placed.get('input_ids'))
+        scores = self._compute(pixels, captions)
         if running is not None:
           yield _take(*running)
-        running = scores, _first_equal(pixels)
+        running = scores, self._gather(_first_equal(pixels)), total
+        if jax.process_count() > 1:
+          # What `questions` compute must not come between on one of them.
+          jax.block_until_ready(scores)
       if running is not None:
         yield _take(*running)
+
+  def _compute(self, pixels: np.ndarray, captions: list[str]) -> jax.Array:
+    """Scores [n k] of the whole batch, of this process's rows of it."""
+    batch = {'pixels': pixels}
+    if self.encode is not None:
+      batch['input_ids'] = self.encode(captions)
+    batch = sharding.put_batch(batch, self.mesh)
+    key = self.compute, batch['pixels'].shape
+    if key not in self.compiled:
+      jitted = jax.jit(
+        self.compute, out_shardings=sharding.replicated(self.mesh)
+      )
+      self.compiled[key] = distributed.run_together(jitted)
+    run = self.compiled[key]
+    return run(self.params, batch['pixels'], batch.get('input_ids'))
+
+  def _gather(
+    self, first: Int32[np.ndarray, 'm k']
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers of the batch's rows in the mesh's order, `first` of each)."""
+    numbers = np.arange(len(first), dtype=np.int32)
+    if jax.process_count() == 1:
+      return numbers, first
+    numbers += len(first) * jax.process_index()
+    local = {'numbers': numbers, 'first': first}
+    gather = jax.jit(_same, out_shardings=sharding.replicated(self.mesh))
+    found = gather(sharding.put_batch(local, self.mesh))
+    return np.asarray(found['numbers']), np.asarray(found['first'])
 
   def score(
     self,
@@ -194,10 +235,9 @@ class Scorer:
     found = list(self.batches((text, [picture]) for text, picture in pairs))
     return np.concatenate(found)[:, 0] if found else np.zeros(0, np.float32)
 
-  def _fill(self, array: np.ndarray) -> np.ndarray:
-    """Repeats the last row; what comes of it is cut off."""
-    rest = self.batch_size - len(array)
-    return np.pad(array, [(0, rest)] + [(0, 0)] * (array.ndim - 1), mode='edge')
+
+def _same(tree: types.PyTree) -> types.PyTree:
+  return tree
 
 
 def _first_equal(pixels: np.ndarray) -> Int32[np.ndarray, 'n k']:
@@ -214,11 +254,12 @@ def _first_equal(pixels: np.ndarray) -> Int32[np.ndarray, 'n k']:
 
 
 def _take(
-  scores: jax.Array, first: Int32[np.ndarray, 'n k']
+  scores: jax.Array, gathered: tuple[np.ndarray, np.ndarray], total: int
 ) -> Float32[np.ndarray, 'n k']:
   """The rows that are no padding; equal pictures share the first's score."""
-  rows = np.asarray(scores)[: len(first)]
-  return np.take_along_axis(rows, first, axis=1)
+  numbers, first = gathered
+  order = np.argsort(numbers)[:total]
+  return np.take_along_axis(np.asarray(scores)[order], first[order], axis=1)
 
 
 def _grouped(items: Iterable, size: int) -> Iterator[list]:

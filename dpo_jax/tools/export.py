@@ -1,10 +1,11 @@
 """Writes a run's model as a diffusers folder.
 
   python -m dpo_jax.tools.export --workdir=runs/sd15 --out=exports/sd15 \\
-    [--step=1000] [--dtype=float16]
+    [--step=1000 | --step=best] [--dtype=float16]
 
 The newest checkpoint if no step is given, and its running mean where the run
-keeps one. Everything that was not trained is copied from the run's base.
+keeps one; `best` is the step that the run's judge (eval.scorer) likes best, as
+best.json says. Everything that was not trained is copied from the run's base.
 """
 
 import json
@@ -15,9 +16,10 @@ import jax
 
 from dpo_jax import folders, loading, sharding
 from dpo_jax.tools import arguments
-from dpo_jax.train import checkpoint
+from dpo_jax.train import best, checkpoint
 from dpo_jax.weights import diffusers_maps
 
+BEST = 'best'
 NOTES = 'Step {step} of a dpo_jax run of task {task}{objective}.'
 
 
@@ -26,7 +28,7 @@ def _parse(argv: Sequence[str]):
   parser.add_argument('--workdir', required=True, help="the run's folder")
   parser.add_argument('--out', required=True, help='folder to write')
   parser.add_argument(
-    '--step', type=arguments.number(int, low=0), help='default: the newest'
+    '--step', type=_step, help='a number, or best; default: the newest'
   )
   parser.add_argument(
     '--dtype',
@@ -34,6 +36,10 @@ def _parse(argv: Sequence[str]):
     help="of the written weights; default: the run's export.dtype",
   )
   return parser.parse(argv)
+
+
+def _step(text: str) -> int | str:
+  return text if text == BEST else arguments.number(int, low=0)(text)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,7 +51,16 @@ def main(argv: Sequence[str]) -> None:
       f'{values.workdir}: a run of task {record["task"]} is exported when it '
       'ends, into its folder export/'
     )
-  params, step = checkpoint.restore_params(values.workdir, step=values.step)
+  wanted = values.step
+  if wanted == BEST:
+    found = best.read(values.workdir)
+    if found is None:
+      raise ValueError(
+        f'--step=best: {values.workdir} has no best.json, as its run had no '
+        'judge (eval.scorer); give a number, or leave it out for the newest'
+      )
+    wanted = found['step']
+  params, step = checkpoint.restore_params(values.workdir, step=wanted)
   name = record['objective']['name']
   objective = f', objective {name}' if record['task'] == 'preference' else ''
   loading.save_model(

@@ -13,17 +13,22 @@ The scores lie in DIR/scores, a number a picture, beside the records, which are
 not touched. The same command goes on after it was killed, and scores nothing
 twice. It ends with a report, also in DIR/scores/report.json: how often each
 judge agrees with the labels, and the judges with one another.
+
+Several processes, started as those of dpo_jax.main (--coordinator and so on),
+share the pictures; process 0 writes.
 """
 
+import functools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from dpo_jax import folders, scoring, sharding
+from dpo_jax import distributed, folders, scoring, sharding
 from dpo_jax.data import images as images_lib
 from dpo_jax.data import prepared, records, scan, score_files
 from dpo_jax.evaluate import agreement, scorers
@@ -48,7 +53,8 @@ def _parse(argv: Sequence[str]):
 
 def main(argv: Sequence[str]) -> None:
   """Scores what is missing; ValueError says what is wrong with the input."""
-  values = _parse(argv)
+  values = _parse(distributed.join(argv, os.environ))
+  distributed.check_started()
   kinds = prepared.find_kinds(values.data)
   if not kinds:
     raise ValueError(
@@ -59,7 +65,8 @@ def main(argv: Sequence[str]) -> None:
   given = records.open_folder(values.data, kind=kind, split=values.split)
   wanted = scoring.parse(values.scorers) if values.scorers else {}
   mesh = sharding.make_mesh()
-  _read_labels(given, kind, values.chunk)
+  if distributed.is_primary():
+    _read_labels(given, kind, values.chunk)
   for name, folder in wanted.items():
     scorer = scoring.open_scorer(
       name,
@@ -70,6 +77,8 @@ def main(argv: Sequence[str]) -> None:
       batch_size=values.batch or 0,
     )
     score(given, kind, scorer, chunk=values.chunk)
+  if not distributed.is_primary():
+    return
   report = make_report(given, kind)
   path = score_files.place(given, kind)
   folders.write_json(path / 'report.json', report)
@@ -82,54 +91,82 @@ def score(
   scorer: scorers.Scorer,
   *,
   chunk: int = 4096,
-) -> np.ndarray:
-  """The column of a scorer: read where it is whole, made where it is not.
+) -> None:
+  """Makes the column of a scorer, or what is missing of it.
 
-  Raises ValueError naming the record whose pictures cannot be read.
+  All processes call it. Raises ValueError naming the record whose pictures
+  cannot be read.
   """
   name = f'score_{scorer.name}'
-  source = {**scorer.source, 'jax': jax.__version__}
-  if name in score_files.list_names(given, kind):
-    description, values = score_files.read(given, kind, name)
-    if description.source['sha256'] != source['sha256']:
-      raise ValueError(
-        f'{score_files.place(given, kind) / name}: scores of '
-        f'{description.source["name"]}, other weights than '
-        f'{source["name"]}; remove {name}.json and .npy to score again'
-      )
-    return values
-  writer = score_files.Writer(given, kind, name, source=source, chunk=chunk)
-  missing = writer.missing()
+  writer, plan = None, None
+  if distributed.is_primary():
+    writer, plan = _begin(given, kind, name, scorer, chunk)
+  plan = distributed.from_primary(plan)
+  if plan['error']:
+    raise ValueError(plan['error'])
+  if plan['is_whole']:
+    return
+  missing = plan['missing']
   done = len(given) - sum(end - start for start, end in missing)
   with ticker.Ticker(len(given), label=scorer.name, first=done) as bar:
     for start, end in missing:
       made = []
       for scores in scorer.batches(
-        _questions(given, kind, start, end), read=_decode
+        range(start, end),
+        ask=functools.partial(_question, given, kind),
+        read=_decode,
       ):
         made.append(scores)
         done += len(scores)
         bar.update(done)
       column = np.concatenate(made)
-      writer.add(start, column if kind == 'pairs' else column[:, 0])
-  return writer.finish()
+      score_files.check_finite(name, start, column)
+      if writer is not None:
+        writer.add(start, column if kind == 'pairs' else column[:, 0])
+  if writer is not None:
+    writer.finish()
 
 
-def _questions(
-  given: records.Records, kind: str, start: int, end: int
-) -> Iterator[scorers.Question]:
-  for row in range(start, end):
-    record = given[row]
-    pictures = [
-      (record[side], f'{given.folder}: record {row}, {side}')
-      for side in scan.SIDES[kind]
-    ]
-    if not all(data for data, _ in pictures):
-      raise ValueError(
-        f'{given.folder}: record {row} has no pictures, only latents; scorers '
-        'look at pictures: prepare with --keep_images=true'
-      )
-    yield record['caption'].decode('utf-8', 'replace'), pictures
+def _begin(
+  given: records.Records,
+  kind: str,
+  name: str,
+  scorer: scorers.Scorer,
+  chunk: int,
+) -> tuple[score_files.Writer | None, dict[str, Any]]:
+  """(writer, what is left to do or the error that all processes raise)."""
+  source = {**scorer.source, 'jax': jax.__version__}
+  plan = {'error': '', 'is_whole': False, 'missing': []}
+  try:
+    if name not in score_files.list_names(given, kind):
+      writer = score_files.Writer(given, kind, name, source=source, chunk=chunk)
+      return writer, plan | {'missing': writer.missing()}
+    description, _ = score_files.read(given, kind, name)
+  except ValueError as error:
+    return None, plan | {'error': str(error)}
+  if description.source['sha256'] == source['sha256']:
+    return None, plan | {'is_whole': True}
+  return None, plan | {
+    'error': (
+      f'{score_files.place(given, kind) / name}: scores of '
+      f'{description.source["name"]}, other weights than '
+      f'{source["name"]}; remove {name}.json and .npy to score again'
+    )
+  }
+
+
+def _question(given: records.Records, kind: str, row: int) -> scorers.Question:
+  record = given[row]
+  pictures = [
+    (record[side], f'{given.folder}: record {row}, {side}')
+    for side in scan.SIDES[kind]
+  ]
+  if not all(data for data, _ in pictures):
+    raise ValueError(
+      f'{given.folder}: record {row} has no pictures, only latents; scorers '
+      'look at pictures: prepare with --keep_images=true'
+    )
+  return record['caption'].decode('utf-8', 'replace'), pictures
 
 
 def _decode(picture: tuple[bytes, str]) -> np.ndarray:

@@ -69,6 +69,8 @@ def _read(argv: Sequence[str]) -> ml_collections.ConfigDict:
     checked.data.path = checked.data.path or 'none'
     checked.model.folder = '.'
     checked.eval.judge = ''
+    checked.eval.scorer = checked.eval.scorer_tokenizer = ''
+    checked.eval.score_prompts, checked.export.select = '', 'auto'
   limits.validate(checked)
   return config
 

@@ -12,6 +12,10 @@ _SPREAD = (
   'losses agree within 1e-5 in float32'
 )
 _MEASURED = 'how the result is measured; no step of the training sees it'
+_CHOSEN = (
+  'judge, prompts and sampler by which the best step is chosen are compared by '
+  'their digests, in scorer.json, and not by their names'
+)
 
 # Key to reason.
 FREE = {
@@ -45,7 +49,12 @@ FREE = {
   'eval.judge': _MEASURED,
   'eval.preferred': _MEASURED,
   'eval.retrieval': _MEASURED,
+  'eval.scorer': _CHOSEN,
+  'eval.scorer_tokenizer': _CHOSEN,
+  'eval.score_prompts': _CHOSEN,
+  'eval.num_score_prompts': _CHOSEN,
   'export.dtype': 'the checkpoints keep what was trained',
+  'export.select': 'the checkpoints keep the best step and the last',
 }
 _START = 'the policy began as this model, and the reference is it'
 _ROUNDING = (

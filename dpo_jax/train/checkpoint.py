@@ -19,6 +19,8 @@ from dpo_jax import folders, trees, types
 from dpo_jax.train import manifest
 from dpo_jax.train import state as state_lib
 
+# Beside the checkpoints: which of them is the best, and by what.
+BEST = 'best.json'
 _TORN = '*.orbax-checkpoint-tmp*'
 _MARKER = '.saving'
 _DAMAGED = '.damaged'
@@ -42,10 +44,10 @@ class Checkpointer:
   def __init__(self, workdir: str | os.PathLike, *, every: int, keep: int):
     """Opens the folder and finds the newest checkpoint that is whole.
 
-    Keeps the newest `keep` checkpoints, one every `every` steps. A damaged
-    one that is newer than a whole one is named on standard error and set
-    aside as `<step>.damaged`. With several processes process 0 looks and all
-    must call this.
+    Keeps the newest `keep` checkpoints, one every `every` steps, and the one
+    that `choose` names. A damaged one that is newer than a whole one is named
+    on standard error and set aside as `<step>.damaged`. With several processes
+    process 0 looks and all must call this.
 
     Raises ValueError, naming all steps, when every checkpoint is damaged.
     """
@@ -53,6 +55,7 @@ class Checkpointer:
     self._folder = _folder_of(workdir)
     self._primary = jax.process_index() == 0
     self._worker, self._error, self._saving = None, None, None
+    self._best, self._noted = None, None
     self._latest = self._open()
     self._manager = self._make_manager()
 
@@ -113,6 +116,26 @@ class Checkpointer:
     """Number of the newest whole checkpoint, None if there is none."""
     return self._latest
 
+  def steps(self) -> list[int]:
+    """Numbers of the checkpoints that are there, newest first."""
+    return _steps(self._folder)
+
+  def choose(self, best: Mapping[str, Any]) -> None:
+    """Keeps the checkpoint of best['step'], one that is there or comes next.
+
+    `best`, of JSON types, becomes best.json once that checkpoint is whole; the
+    one that was chosen before stays until then.
+    """
+    self.wait()
+    self._best = dict(best)
+    if self._latest is not None and self._best['step'] <= self._latest:
+      self._note_best()
+
+  def _note_best(self) -> None:
+    if self._primary and self._noted != self._best:
+      folders.write_json(self._folder.parent / BEST, self._best)
+      self._noted = self._best
+
   def due(self, step: int, *, last: bool) -> bool:
     """Whether the state after `step` steps is to be saved."""
     return step % self._every == 0 or last
@@ -153,7 +176,9 @@ class Checkpointer:
       if self._primary:
         manifest.write(self._folder / str(step), step)
         (self._folder / f'{step}{_MARKER}').unlink(missing_ok=True)
-        old = _steps(self._folder)[self._keep :]
+        self._note_best()
+        kept = self._best and self._best['step']
+        old = [n for n in _steps(self._folder)[self._keep :] if n != kept]
         _remove(self._folder / str(number) for number in old)
     except BaseException as error:
       self._error = error

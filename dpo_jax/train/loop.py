@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from dpo_jax import distributed, sharding
 from dpo_jax import keys as keys_lib
 from dpo_jax import task as task_lib
+from dpo_jax.train import best as best_lib
 from dpo_jax.train import checkpoint as checkpoint_lib
 from dpo_jax.train import evaluators as evaluators_lib
 from dpo_jax.train import feed as feed_lib
@@ -56,7 +57,8 @@ class Result:
   """What a run ends with.
 
   `seconds` and `compile_seconds` are this process's, `steps` the number of
-  steps it made itself (fewer than num_steps after a resume).
+  steps it made itself (fewer than num_steps after a resume), `best` what
+  best.json says.
   """
 
   state: state_lib.TrainState
@@ -64,6 +66,7 @@ class Result:
   seconds: float
   compile_seconds: float
   steps: int
+  best: dict[str, Any] | None = None
 
 
 class _Window:
@@ -225,6 +228,7 @@ def run(
   mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
   should_stop: Callable[[int], bool] = lambda step: False,
+  selection: best_lib.Selection | None = None,
 ) -> Result:
   """Trains to `options.num_steps`, continuing from the newest checkpoint.
 
@@ -233,6 +237,8 @@ def run(
   multiples of log_every as the mean over the window; between them the host
   waits for no result. should_stop(step): asked after every step but the last;
   where it is true, in all processes, the step is saved and Preempted raised.
+  selection: scores the steps of multiples of eval_every and the last one; the
+  one with the largest median is saved, and kept.
   """
   started = time.monotonic()
   window = _Window(workdir)
@@ -249,6 +255,11 @@ def run(
     )
     first, last_saved = int(state.step), checkpointer.latest_step()
     log, profiler = _observe(stack, workdir, first, options, schedule)
+    keeper = best_lib.Keeper(
+      selection, checkpointer, log, workdir=workdir, first=first
+    )
+    if first and _evaluates(first, options):
+      keeper.catch_up(first, state)
     for step in range(first + 1, options.num_steps + 1):
       behind = totals
       window.rows[step], batch = feed.take()
@@ -265,17 +276,21 @@ def run(
       stops = not last and should_stop(step)
       logs = step == 1 or last or step % options.log_every == 0
       saves = stops or checkpointer.due(step, last=last)
-      if logs or saves:
+      scores = selection and not stops and _evaluates(step, options)
+      if logs or saves or scores:
         totals = window.read(totals, last_saved)
       if logs:
         log.write(step, totals)
         totals = ready.empty
+      # Before the save: a step that counts as measured was saved with that.
+      if scores and keeper.measure(step, state):
+        saves = True
       if saves:
         checkpointer.save(step, state, _record(feed, totals))
         last_saved = step
       if stops:
         checkpointer.wait()
-      if last or (options.eval_every and step % options.eval_every == 0):
+      if _evaluates(step, options):
         log.write_eval(step, evaluate_all(state))
       if stops:
         raise preemption.Preempted(step)
@@ -286,7 +301,13 @@ def run(
     seconds=time.monotonic() - started,
     compile_seconds=ready.compile_seconds,
     steps=options.num_steps - first,
+    best=keeper.best,
   )
+
+
+def _evaluates(step: int, options: Options) -> bool:
+  every = options.eval_every
+  return step == options.num_steps or bool(every and step % every == 0)
 
 
 def _observe(stack, workdir, first, options, schedule):
