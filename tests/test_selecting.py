@@ -58,13 +58,6 @@ def drawn(monkeypatch):
   return found
 
 
-@pytest.fixture(autouse=True)
-def two_devices(monkeypatch):
-  """As if there were but two: programs compile sooner."""
-  found = jax.devices()[:2]
-  monkeypatch.setattr(jax, 'devices', lambda *unused: found)
-
-
 def _error(argv, capsys):
   capsys.readouterr()
   assert main.run(argv) == 2
