@@ -80,4 +80,4 @@ def test_the_architecture_is_small_and_fits_the_recipe():
   assert c.data.resolution % 2 ** (len(config.block_out_channels) - 1) == 0
   shapes = diffusers_maps.COMPONENTS['unet'].init_shapes(config)
   count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-  assert 1e6 < count < 2e6
+  assert 5e5 < count < 1e6
