@@ -160,6 +160,7 @@ def _open(config, mesh):
       f'data.resolution={config.data.resolution}: must be a multiple of the '
       f"VAE's downscale factor {opened.model.downscale}"
     )
+  opened.model.check_guidance(config.eval.guidance_scale)
   return opened
 
 

@@ -117,6 +117,11 @@ def add_cache(
       f'{jax.process_count()} processes: a cache is computed by one, on all of '
       'its devices'
     )
+  if not opened.model.text_encoders:
+    raise ValueError(
+      f'{opened.source["name"]}: works on pixels and takes no text, so that '
+      'there is nothing to compute before; prepare without --model'
+    )
   opened.model.latent_shape(size)
   description = cached.Description(
     model=opened.source,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from dpo_jax import stable_diffusion as sd_lib
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.diffusion import schedule as schedule_lib
 from dpo_jax.models import attention as attention_lib
-from dpo_jax.models import clip, unet, vae
+from dpo_jax.models import clip, pixels, unet, unet_2d, vae
 from dpo_jax.train import checkpoint
 from dpo_jax.weights import (
   diffusers_maps,
@@ -38,7 +39,8 @@ class Opened:
       is written on top of it.
     base_has_weights: not where the weights came from a single file.
     source: where it came from, for the record: name and revision.
-    params: component name to parameters, placed on the mesh.
+    params: component name to parameters, placed on the mesh. Of a pixel model
+      those of 'vae' are an empty dict.
   """
 
   base: pathlib.Path
@@ -70,41 +72,62 @@ def make_model(
   (Lin et al., 2023, algorithm 1).
   """
   dtype = jnp.dtype(dtype)
-  configs, scheduler = parts.configs, dict(parts.scheduler_config)
-  is_sdxl = parts.class_name != 'StableDiffusionPipeline'
-  if not is_sdxl:
+  config, scheduler = parts.configs['unet'], dict(parts.scheduler_config)
+  if parts.class_name == 'StableDiffusionPipeline':
     # diffusers' pipeline of that name overrides its file in these two.
     scheduler |= {'steps_offset': 1, 'clip_sample': False}
   if zero_terminal_snr:
     scheduler['rescale_betas_zero_snr'] = True
-  settings = configs['vae']
+  make_unet, spaces = unet.UNet2DConditionModel, _latents_and_text
+  if isinstance(config, unet_2d.UNet2DConfig):
+    make_unet, spaces = unet_2d.UNet2DModel, _pixels
   return sd_lib.StableDiffusion(
-    unet=unet.UNet2DConditionModel(
-      configs['unet'],
+    unet=make_unet(
+      config,
       dtype=dtype,
       remat=remat,
       residual_dtype=jnp.dtype(residual_dtype) if residual_dtype else None,
       attention=attention_lib.choose(attention, platform=platform, dtype=dtype),
     ),
-    vae=vae.AutoencoderKL(
-      settings,
-      dtype=jnp.dtype('float32')
-      if is_sdxl and settings.force_upcast
-      else dtype,
+    schedule=schedule_lib.from_config(scheduler),
+    scheduler_config=scheduler,
+    **spaces(parts, dtype),
+  )
+
+
+def _latents_and_text(parts: pipeline.Pipeline, dtype) -> dict[str, Any]:
+  """What a StableDiffusion with a VAE and text encoders is made of."""
+  configs, settings = parts.configs, parts.configs['vae']
+  is_sdxl = parts.class_name != 'StableDiffusionPipeline'
+  upcast = is_sdxl and settings.force_upcast
+  return {
+    'vae': vae.AutoencoderKL(
+      settings, dtype=jnp.dtype('float32') if upcast else dtype
     ),
-    text_encoders={
+    'text_encoders': {
       name: make(configs[name], dtype=dtype)
       for name, make in TEXT_ENCODERS.items()
       if name in configs
     },
-    schedule=schedule_lib.from_config(scheduler),
-    scheduler_config=scheduler,
-    scaling_factor=settings.scaling_factor,
-    latent_channels=settings.latent_channels,
-    downscale=settings.downscale,
-    micro_cond_dim=_micro_cond_dim(parts),
-    zero_uncond=parts.force_zeros_for_empty_prompt,
-  )
+    'scaling_factor': settings.scaling_factor,
+    'latent_channels': settings.latent_channels,
+    'downscale': settings.downscale,
+    'micro_cond_dim': _micro_cond_dim(parts),
+    'zero_uncond': parts.force_zeros_for_empty_prompt,
+  }
+
+
+def _pixels(parts: pipeline.Pipeline, dtype) -> dict[str, Any]:
+  """The same of an unconditional model in pixels, which are float32."""
+  del dtype
+  channels = parts.configs['unet'].in_channels
+  return {
+    'vae': pixels.Pixels(channels),
+    'text_encoders': {},
+    'scaling_factor': 1.0,
+    'latent_channels': channels,
+    'downscale': 1,
+  }
 
 
 def _micro_cond_dim(parts: pipeline.Pipeline) -> int:
@@ -156,6 +179,8 @@ def open_model(
         + ', '.join(parts.configs)
       )
     params[missing] = _init(missing, parts, seed, place)
+  # The identity of a pixel model has no weights.
+  params.setdefault('vae', {})
   return Opened(
     base=base,
     base_has_weights=source.kind == 'folder',

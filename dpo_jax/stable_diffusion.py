@@ -23,7 +23,9 @@ AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 class StableDiffusion:
   """A latent text-to-image model: its networks and a schedule.
 
-  Parameters are not held here; every method takes them.
+  An unconditional pixel-space model is one whose VAE is the identity
+  (models.pixels) and which has no text encoders: k is 0, its conditioning an
+  empty dict. Parameters are not held here; every method takes them.
 
   Attributes:
     text_encoders: 'text_encoder' and 'text_encoder_2', those there are, in
@@ -105,11 +107,14 @@ class StableDiffusion:
     SD: `prompt_embeds` is the encoder's last hidden state. SDXL: the
     penultimate states of all encoders side by side, and `pooled_embeds` the
     projected state of the last one (Podell et al., 2023, section 2.1).
+    Without text encoders it is empty.
     """
     outputs = [
       encoder.apply({'params': params[name]}, input_ids[:, i])
       for i, (name, encoder) in enumerate(self.text_encoders.items())
     ]
+    if not outputs:
+      return {}
     if not self.micro_cond_dim:
       return {'prompt_embeds': outputs[0].last_hidden_state}
     states = [output.penultimate for output in outputs]
@@ -140,6 +145,14 @@ class StableDiffusion:
     micro = jnp.concatenate([sizes.astype(jnp.float32), last], axis=-1)
     return {**cond, 'micro_cond': micro}
 
+  def check_guidance(self, guidance_scale: float) -> None:
+    """Raises ValueError for guidance by text where there is no text."""
+    if guidance_scale > 1.0 and not self.text_encoders:
+      raise ValueError(
+        f'guidance_scale={guidance_scale}: this model is unconditional, there '
+        'is no text to guide it; set it to 1'
+      )
+
   def apply_unet(
     self,
     unet_params: types.Params,
@@ -159,7 +172,11 @@ class StableDiffusion:
     guidance_scale: float,
     guidance_rescale: float = 0.0,
   ) -> types.DenoiseFn:
-    """The guided network as a function of (x_t, t) alone."""
+    """The guided network as a function of (x_t, t) alone.
+
+    Raises ValueError as check_guidance does.
+    """
+    self.check_guidance(guidance_scale)
 
     def apply_fn(x_t, t, cond):
       return self.apply_unet(unet_params, x_t, t, cond)

@@ -108,6 +108,31 @@ SCHEDULER_XL = {
 }
 
 
+# Without text and VAE, in grey pixels.
+UNET_PIXELS = {
+  '_class_name': 'UNet2DModel',
+  'sample_size': 8,
+  'in_channels': 1,
+  'out_channels': 1,
+  'block_out_channels': [8, 8],
+  'down_block_types': ['DownBlock2D', 'AttnDownBlock2D'],
+  'up_block_types': ['AttnUpBlock2D', 'UpBlock2D'],
+  'layers_per_block': 1,
+  'attention_head_dim': 4,
+  'norm_num_groups': 4,
+}
+SCHEDULER_PIXELS = {
+  '_class_name': 'DDPMScheduler',
+  'beta_schedule': 'linear',
+  'beta_start': 0.0001,
+  'beta_end': 0.02,
+  'num_train_timesteps': 1000,
+  'clip_sample': True,
+  'prediction_type': 'epsilon',
+  'variance_type': 'fixed_small',
+}
+
+
 def _random_params(name: str, config: dict):
   component = diffusers_maps.COMPONENTS[name]
   made = component.make_config(config)
@@ -187,6 +212,17 @@ def tiny_refiner_folder(tmp_path_factory, tokenizer_2_folder) -> pathlib.Path:
     },
     scheduler=SCHEDULER_XL,
     tokenizer_2_dir=tokenizer_2_folder,
+  )
+
+
+@pytest.fixture(scope='session')
+def tiny_pixel_folder(tmp_path_factory) -> pathlib.Path:
+  """A complete DDPMPipeline folder with a tiny random UNet."""
+  return _create(
+    tmp_path_factory.mktemp('pipelines') / 'tiny_pixels',
+    configs={'unet': UNET_PIXELS},
+    class_name='DDPMPipeline',
+    scheduler=SCHEDULER_PIXELS,
   )
 
 

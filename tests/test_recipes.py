@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from configs import common, emoji_sweep, methods, quickstart, sd15, sdxl
+from configs import common, emoji_sweep, methods, mnist, quickstart, sd15, sdxl
 from dpo_jax import limits
 from dpo_jax.objectives import linear, registry
 
@@ -12,6 +12,7 @@ VARIANTS = {
   'emoji_base': ('vae', 'unet'),
   'emoji_judge': ('all', 'holdout'),
   'emoji_sweep': emoji_sweep.VARIANTS,
+  'mnist': mnist.VARIANTS,
   'quickstart': ('dpo', 'sft'),
   'sd15': sd15.VARIANTS,
   'sd21': sd15.VARIANTS,

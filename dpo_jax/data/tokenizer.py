@@ -100,8 +100,11 @@ class Tokenizers:
   ) -> tuple[Int32[np.ndarray, 'n k s'], int]:
     """Returns int32 [n, k, s] token ids and how many captions were cut.
 
-    SDXL's two tokenizers give the same tokens and other padding.
+    SDXL's two tokenizers give the same tokens and other padding. Of none k is
+    0: captions are not read.
     """
+    if not self.members:
+      return np.zeros((len(captions), 0, 1), np.int32), 0
     encoded = [member.encode(captions) for member in self.members]
     ids = np.stack([rows for rows, _ in encoded], axis=1)
     return ids, max(cut for _, cut in encoded)

@@ -62,6 +62,11 @@ class Plan:
     """Whether the sampler draws noise at its steps."""
     return 'noise' in self.rows.weights
 
+  @property
+  def draws_posterior(self) -> bool:
+    """Whether its step is a draw of q(x_prev | x_t, x_0): ddpm's is."""
+    return {'x_0', 'state', 'noise'} == set(self.rows.weights)
+
   def from_noise(self, eps: types.Latents) -> types.Latents:
     """The state [n h w c] at pure noise, from standard normal eps.
 
@@ -86,6 +91,11 @@ class Plan:
     )
     x_t = alpha * x_0.astype(jnp.float32) + sigma * eps.astype(jnp.float32)
     return x_t / scale
+
+
+def alpha_after(rows: Rows) -> Float[np.ndarray, ' s']:
+  """alpha at the end of each step: the next one's, 1 after the last."""
+  return np.append(np.float64(rows.alpha[1:]), 1.0)
 
 
 def vp_levels(

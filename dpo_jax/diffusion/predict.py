@@ -35,6 +35,31 @@ def to_eps(
   )
 
 
+def from_eps(
+  eps: types.Latents,
+  x_t: types.Latents,
+  alpha_t: jax.Array,
+  sigma_t: jax.Array,
+  *,
+  prediction_type: str,
+) -> types.Latents:
+  """The network output that means eps; undoes `to_eps`.
+
+  alpha_t must not be zero, but for eps itself.
+  """
+  if prediction_type == 'epsilon':
+    return eps
+  if prediction_type == 'v_prediction':
+    return (eps - sigma_t * x_t) / alpha_t
+  if prediction_type == 'flow_prediction':
+    return (eps - x_t) / alpha_t
+  if prediction_type == 'sample':
+    return (x_t - sigma_t * eps) / alpha_t
+  raise _unknown(
+    prediction_type, 'epsilon, v_prediction, flow_prediction, sample'
+  )
+
+
 def to_x_0(
   output: types.Latents,
   x_t: types.Latents,

@@ -6,10 +6,11 @@ x_0 = sample(plan, denoise_fn, plan.from_noise(eps))
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax import types
 from dpo_jax.diffusion import ddim, dpm_solver, euler, predict
@@ -129,12 +130,106 @@ def _make_rows(
   return make(options, num_steps)
 
 
+class Carry(NamedTuple):
+  """What goes from step to step."""
+
+  state: types.Latents
+  last_x_0: types.Latents
+
+
+class Place(NamedTuple):
+  """A step's numbers: its row, and the noise level and scale it ends at."""
+
+  row: plan_lib.Rows
+  alpha_after: jax.Array
+  scale_after: jax.Array
+
+
+def start(state: types.Latents) -> Carry:
+  """From `plan.from_noise`, `plan.from_image` or another plan's state."""
+  state = state.astype(jnp.float32)
+  return Carry(state, jnp.zeros_like(state))
+
+
+def places(plan: Plan) -> Place:
+  """All steps' numbers, [s] arrays: for a scan, or one at a time."""
+  rows = plan.rows._replace(init_scale=None)
+  return Place(
+    rows,
+    np.float32(plan_lib.alpha_after(plan.rows)),
+    np.append(plan.rows.scale[1:], np.float32(1.0)),
+  )
+
+
+def make_step(
+  plan: Plan,
+  denoise_fn: types.DenoiseFn,
+  *,
+  noise_fn: NoiseFn | None = None,
+  recurrence: int = 1,
+  renoise_fn: NoiseFn | None = None,
+) -> Callable[[Carry, Place], Carry]:
+  """One step of a sampler; `sample` takes all of them.
+
+  recurrence: R; a step is made R times, and but for the last its outcome is
+  noised back to where it began, so that guidance can act again (Lugmayr et al.,
+  2022; Bansal et al., 2023):
+
+    x_t <- sqrt(a) x_prev + sqrt(1 - a) noise,  a = alphas_cumprod_t / _prev
+
+  renoise_fn: that noise, for R above 1; asked for index * R + j, as noise_fn.
+
+  Raises:
+    ValueError: noise that is needed and not given; recurrence with a flow,
+      whose noise does not add up so.
+  """
+  if plan.needs_noise and noise_fn is None:
+    raise ValueError('this sampler draws noise at its steps: pass noise_fn')
+  if recurrence < 1:
+    raise ValueError(f'recurrence={recurrence}: must be 1 (once) or more')
+  if recurrence > 1 and renoise_fn is None:
+    raise ValueError(f'recurrence={recurrence} draws noise: pass renoise_fn')
+  if recurrence > 1 and plan.prediction_type == 'flow_prediction':
+    raise ValueError(
+      f'recurrence={recurrence} is not possible with a rectified flow; leave '
+      'it at 1'
+    )
+  names = tuple(plan.rows.weights)
+
+  def once(state, last_x_0, row, number):
+    eps, x_0 = _predict_both(plan, denoise_fn, row.scale * state, row)
+    terms = {'state': state, 'x_0': x_0, 'eps': eps, 'last_x_0': last_x_0}
+    if plan.needs_noise:
+      terms['noise'] = noise_fn(number)
+    return sum(row.weights[name] * terms[name] for name in names), x_0
+
+  def step(carry, place):
+    row = place.row
+    if recurrence == 1:
+      return Carry(*once(*carry, row, row.index))
+
+    def again(inner, j):
+      number = row.index * recurrence + j
+      after = Carry(*once(inner.state, carry.last_x_0, row, number))
+      ratio = (row.alpha / place.alpha_after) ** 2
+      noised = jnp.sqrt(ratio) * place.scale_after * after.state
+      noised += jnp.sqrt(1.0 - ratio) * renoise_fn(number)
+      return Carry(noised / row.scale, after.last_x_0), after.state
+
+    last, states = jax.lax.scan(again, carry, jnp.arange(recurrence))
+    return Carry(states[-1], last.last_x_0)
+
+  return step
+
+
 def sample(
   plan: Plan,
   denoise_fn: types.DenoiseFn,
   state: types.Latents,
   *,
   noise_fn: NoiseFn | None = None,
+  recurrence: int = 1,
+  renoise_fn: NoiseFn | None = None,
 ) -> types.Latents:
   """Takes the plan's steps from `state` [n h w c]; float32.
 
@@ -146,24 +241,19 @@ def sample(
       prediction_type; t is int32, and float32 for the Euler samplers.
     state: from `plan.from_noise`, `plan.from_image` or another plan.
     noise_fn: noise of each step, for plans with `needs_noise`.
+    recurrence, renoise_fn: see `make_step`.
   """
-  if plan.needs_noise and noise_fn is None:
-    raise ValueError('this sampler draws noise at its steps: pass noise_fn')
-  names = tuple(plan.rows.weights)
-
-  def step(carry, row):
-    state, last_x_0 = carry
-    eps, x_0 = _predict_both(plan, denoise_fn, row.scale * state, row)
-    terms = {'state': state, 'x_0': x_0, 'eps': eps, 'last_x_0': last_x_0}
-    if plan.needs_noise:
-      terms['noise'] = noise_fn(row.index)
-    state = sum(row.weights[name] * terms[name] for name in names)
-    return (state, x_0), None
-
-  state = state.astype(jnp.float32)
-  rows = plan.rows._replace(init_scale=None)
-  (state, _), _ = jax.lax.scan(step, (state, jnp.zeros_like(state)), rows)
-  return state
+  step = make_step(
+    plan,
+    denoise_fn,
+    noise_fn=noise_fn,
+    recurrence=recurrence,
+    renoise_fn=renoise_fn,
+  )
+  carry, _ = jax.lax.scan(
+    lambda carry, place: (step(carry, place), None), start(state), places(plan)
+  )
+  return carry.state
 
 
 def _predict_both(plan, denoise_fn, x_t, row):

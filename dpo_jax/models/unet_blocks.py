@@ -3,7 +3,7 @@
 from flax import linen as nn
 
 from dpo_jax import types
-from dpo_jax.models import layers, transformer, unet_config
+from dpo_jax.models import layers, transformer, unet_2d_config, unet_config
 
 REMAT = transformer.REMAT
 
@@ -14,7 +14,7 @@ class Block(nn.Module):
   What runs from block to block keeps the dtype it comes in.
   """
 
-  config: unet_config.UNetConfig
+  config: unet_config.UNetConfig | unet_2d_config.UNet2DConfig
   dtype: types.DTypeLike
   remat: str
   backend: str
@@ -42,6 +42,15 @@ class Block(nn.Module):
       backend=self.backend,
       name=f'attentions_{i}',
     )
+
+  def upsample(self, x, size):
+    def up(_, x):
+      return layers.Upsample2D(
+        x.shape[-1], dtype=self.dtype, name='upsamplers_0'
+      )(x, size)
+
+    # Its convolution's input is four times what it is made of.
+    return transformer.rematted(up, self.remat)(self, x)
 
 
 class DownBlock(Block):
@@ -100,14 +109,5 @@ class UpBlock(Block):
       if has_attention:
         x = self.transformer(j, level, depths[j])(x, context)
     if level > 0:
-      x = self._upsample(x, skips[-1].shape[1:3]).astype(x.dtype)
+      x = self.upsample(x, skips[-1].shape[1:3]).astype(x.dtype)
     return x
-
-  def _upsample(self, x, size):
-    def up(_, x):
-      return layers.Upsample2D(
-        x.shape[-1], dtype=self.dtype, name='upsamplers_0'
-      )(x, size)
-
-    # Its convolution's input is four times what it is made of.
-    return transformer.rematted(up, self.remat)(self, x)

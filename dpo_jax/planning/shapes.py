@@ -61,11 +61,15 @@ def read_model(name: str) -> Model:
   ]
   return Model(
     parts=parts,
-    params={
+    # As loading.open_model has it: what a model in pixels lacks is empty.
+    params={'vae': {}}
+    | {
       key: diffusers_maps.COMPONENTS[key].init_shapes(config)
       for key, config in parts.configs.items()
     },
-    tokens=(len(texts), texts[0].max_position_embeddings),
+    tokens=(
+      (len(texts), texts[0].max_position_embeddings) if texts else (0, 1)
+    ),
   )
 
 
@@ -106,7 +110,15 @@ def _read(folder) -> pipeline.Pipeline:
 
 
 def text_states(model: Model) -> dict[str, tuple[int, ...]]:
-  """Shapes of the text states of one caption, as a cache has them."""
+  """Shapes of the text states of one caption, as a cache has them.
+
+  Raises ValueError for an unconditional model, which has no cache.
+  """
+  if not model.tokens[0]:
+    raise ValueError(
+      f'{model.parts.folder}: works on pixels and takes no text, so that there '
+      'is no cache to train from; give --cached=false'
+    )
   unet = model.parts.configs['unet']
   shapes = {'prompt_embeds': (model.tokens[1], unet.cross_attention_dim)}
   if unet.addition_embed_type is not None:

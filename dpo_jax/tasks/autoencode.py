@@ -26,7 +26,14 @@ def make_task(
   loss = mean |x - x_hat| + mean (x - x_hat)^2 + mean |edges - edges_hat|
          + kl_weight * KL(q(z | x) || N(0, 1)) summed over a latent.
   The edge term keeps outlines sharp without an adversary.
+
+  Raises ValueError for a model in pixels.
   """
+  if not params['vae']:
+    raise ValueError(
+      'task=autoencode: this model works on pixels and has no VAE to train; '
+      'train it with task=denoise'
+    )
   latent_shape = model.latent_shape(resolution)
 
   def loss(params, frozen, batch, key):

@@ -9,6 +9,8 @@ are named by the prompt's id; manifest.jsonl says how each was made and its
 SHA-256. The same command continues where it stopped: pictures that are there
 and verified are kept. A picture's noise follows from --seed, the prompt's id
 and its number alone, so that two models can be compared picture by picture.
+An unconditional model (DDPMPipeline, DDIMPipeline) ignores the prompts, whose
+ids name the pictures all the same.
 """
 
 import dataclasses
@@ -92,6 +94,8 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError('--lora_scale: is for adapters; give --lora too')
   refiner = _open(values, values.refiner, mesh) if values.refiner else None
   settings = _settings(values, opened)
+  if not opened.model.text_encoders:
+    _check_unconditional(values)
   entries = _entries(prompts, values)
   inputs = _inputs(values, opened, refiner, prompts, entries, settings)
   sample_fn = generate.make_sample_fn(
@@ -158,6 +162,19 @@ def _merged(values, opened: loading.Opened, params: types.Params):
   )
 
 
+def _check_unconditional(values) -> None:
+  """Says what is ignored; raises ValueError for what cannot be meant."""
+  for name in ('negative_prompt', 'refiner'):
+    if getattr(values, name):
+      raise ValueError(
+        f'--{name}: {values.model} is unconditional, it takes no text'
+      )
+  print(
+    f'{values.model} is unconditional: the prompts only name the pictures',
+    file=sys.stderr,
+  )
+
+
 def _batch_size(given: int | None, mesh) -> int:
   devices = mesh.devices.size
   if given is None:
@@ -184,7 +201,10 @@ def _settings(values, opened: loading.Opened) -> generate.Settings:
   model.latent_shape(size)
   scale = values.guidance_scale
   if scale is None:
-    scale = GUIDANCE_SCALES[model.micro_cond_dim]
+    scale = (
+      GUIDANCE_SCALES[model.micro_cond_dim] if model.text_encoders else 1.0
+    )
+  model.check_guidance(scale)
   return generate.Settings(
     size=size,
     sampler=sampler,

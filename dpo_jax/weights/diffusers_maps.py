@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from dpo_jax import types
-from dpo_jax.models import clip, unet, vae
+from dpo_jax.models import clip, unet, unet_2d, vae
 from dpo_jax.weights import (
   json_files,
   mapping,
@@ -24,35 +24,40 @@ from dpo_jax.weights import (
 # (component name, shapes of its parameters) to a tree of Shardings, or None.
 PlaceFn: TypeAlias = Callable[[str, types.PyTree], types.PyTree | None]
 
-UNET = mapping.Rules(
-  indexed=(
-    'down_blocks',
-    'up_blocks',
-    'resnets',
-    'attentions',
-    'transformer_blocks',
-    'downsamplers',
-    'upsamplers',
-    'to_out',
-    'net',
-  )
+INDEXED = (
+  'down_blocks',
+  'up_blocks',
+  'resnets',
+  'attentions',
+  'transformer_blocks',
+  'downsamplers',
+  'upsamplers',
+  'to_out',
+  'net',
 )
-# Until diffusers 0.17 the VAE's attention was query, key, value, proj_attn.
-VAE = mapping.Rules(
-  indexed=UNET.indexed,
-  renames=(
-    (r'(\.attentions\.\d+)\.query\.', r'\1.to_q.'),
-    (r'(\.attentions\.\d+)\.key\.', r'\1.to_k.'),
-    (r'(\.attentions\.\d+)\.value\.', r'\1.to_v.'),
-    (r'(\.attentions\.\d+)\.proj_attn\.', r'\1.to_out.0.'),
-  ),
+# Until diffusers 0.17 attention without text, that of the VAE and of a
+# UNet2DModel, was query, key, value, proj_attn.
+OLD_ATTENTION = (
+  (r'(\.attentions\.\d+)\.query\.', r'\1.to_q.'),
+  (r'(\.attentions\.\d+)\.key\.', r'\1.to_k.'),
+  (r'(\.attentions\.\d+)\.value\.', r'\1.to_v.'),
+  (r'(\.attentions\.\d+)\.proj_attn\.', r'\1.to_out.0.'),
 )
+UNET = mapping.Rules(indexed=INDEXED, renames=OLD_ATTENTION)
+VAE = mapping.Rules(indexed=INDEXED, renames=OLD_ATTENTION)
 # transformers 5 writes no prefix; every release reads the prefixed names.
 CLIP_TEXT = mapping.Rules(
   indexed=('layers',),
   renames=((r'^(?=(embeddings|encoder|final_layer_norm)\.)', 'text_model.'),),
   ignored=(r'(^|\.)embeddings\.position_ids$',),
 )
+
+# What a `unet` folder may hold, by diffusers' class.
+CONDITIONAL, UNCONDITIONAL = 'UNet2DConditionModel', 'UNet2DModel'
+UNET_CONFIGS = {
+  CONDITIONAL: unet.UNetConfig,
+  UNCONDITIONAL: unet_2d.UNet2DConfig,
+}
 
 DTYPES = {
   'float32': np.float32,
@@ -67,7 +72,7 @@ class Component:
 
   Attributes:
     library: the Python package that model_index.json names.
-    class_name: the class there.
+    class_name: the class there; of a UNet the one of models with text.
     stem: the weight file's name without suffixes.
     make_config: from the dict of config.json.
     make_example: (module, shapes of its inputs) from the config.
@@ -173,14 +178,22 @@ def check_dtype(dtype: str) -> np.dtype:
   return np.dtype(DTYPES[dtype])
 
 
-def _unet_example(config: unet.UNetConfig):
+def _unet_config(values: Mapping[str, Any]):
+  """The config of the class that a file names; most name none."""
+  name = values.get('_class_name', CONDITIONAL)
+  return UNET_CONFIGS.get(name, unet.UNetConfig).from_dict(values)
+
+
+def _unet_example(config):
   side = 2 ** len(config.block_out_channels)
   shape = jax.ShapeDtypeStruct
   inputs = (
     shape((1, side, side, config.in_channels), np.float32),
     shape((1,), np.int32),
-    shape((1, 1, config.cross_attention_dim), np.float32),
   )
+  if isinstance(config, unet_2d.UNet2DConfig):
+    return unet_2d.UNet2DModel(config), inputs
+  inputs += (shape((1, 1, config.cross_attention_dim), np.float32),)
   if config.addition_embed_type is not None:
     # One number and the rest for the text: any split has these parameters.
     text = (
@@ -212,10 +225,10 @@ def _projected_text_example(config: clip.CLIPTextConfig):
 COMPONENTS = {
   'unet': Component(
     library='diffusers',
-    class_name='UNet2DConditionModel',
+    class_name=CONDITIONAL,
     stem='diffusion_pytorch_model',
     rules=UNET,
-    make_config=unet.UNetConfig.from_dict,
+    make_config=_unet_config,
     make_example=_unet_example,
   ),
   'vae': Component(

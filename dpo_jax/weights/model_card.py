@@ -9,6 +9,7 @@ LICENCES = ('LICENSE', 'LICENCE', 'NOTICE')
 # owner/name on the hub, which the card's header may link to.
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+', re.ASCII)
 CALLS = {
+  'unconditional-image-generation': 'image = pipeline().images[0]',
   'text-to-image': "image = pipeline('a photograph of a cat').images[0]",
   'image-to-image': (
     "image = pipeline('a photograph of a cat', image=init_image).images[0]"

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from dpo_jax.models import pixels
 from dpo_jax.weights import diffusers_maps, json_files
 
 NAME = 'model_index.json'
@@ -18,6 +19,7 @@ class PipelineClass:
     components: those of COMPONENTS that it must have.
     optional: those that it may have.
     flags: its options in model_index.json and their defaults.
+    unet: the class of its UNet.
     task: the tag of its model card.
     nulls: further parts, which a new pipeline goes without.
   """
@@ -25,10 +27,18 @@ class PipelineClass:
   components: tuple[str, ...]
   optional: tuple[str, ...] = ()
   flags: tuple[tuple[str, bool], ...] = ()
+  unet: str = diffusers_maps.CONDITIONAL
   task: str = 'text-to-image'
   nulls: tuple[str, ...] = ('feature_extractor', 'image_encoder')
 
 
+# Unconditional, in pixels: all else is in the scheduler.
+_PIXELS = PipelineClass(
+  ('unet',),
+  unet=diffusers_maps.UNCONDITIONAL,
+  task='unconditional-image-generation',
+  nulls=(),
+)
 ZEROS, AESTHETICS = 'force_zeros_for_empty_prompt', 'requires_aesthetics_score'
 CLASSES = {
   'StableDiffusionPipeline': PipelineClass(
@@ -46,6 +56,8 @@ CLASSES = {
     flags=((ZEROS, True), (AESTHETICS, False)),
     task='image-to-image',
   ),
+  'DDPMPipeline': _PIXELS,
+  'DDIMPipeline': _PIXELS,
 }
 TOKENIZERS = {'text_encoder': 'tokenizer', 'text_encoder_2': 'tokenizer_2'}
 # Copied with the folder, never loaded.
@@ -106,7 +118,7 @@ def read(folder: pathlib.Path) -> ModelIndex:
     or (name in kind.optional and values.get(name) not in ABSENT)
   )
   for name in components:
-    _check_component(path, name, values.get(name))
+    _check_component(path, kind, name, values.get(name))
   index = ModelIndex(
     class_name=class_name,
     components=components,
@@ -175,13 +187,14 @@ def to_json(
   kind = CLASSES[index.class_name]
   absent = [name for name in kind.optional if name not in index.components]
   absent += [TOKENIZERS[name] for name in absent]
-  components = {
-    name: diffusers_maps.COMPONENTS[name] for name in index.components
-  }
   return {
     '_class_name': index.class_name,
     # Without this diffusers warns that a safety checker is missing.
-    **({} if kind.flags else {'requires_safety_checker': False}),
+    **(
+      {'requires_safety_checker': False}
+      if 'safety_checker' in kind.nulls
+      else {}
+    ),
     **index.flags,
     **{name: [None, None] for name in (*kind.nulls, *absent)},
     'scheduler': ['diffusers', scheduler_class],
@@ -189,22 +202,44 @@ def to_json(
       name: ['transformers', class_name]
       for name, class_name in tokenizer_classes.items()
     },
-    **{
-      name: [component.library, component.class_name]
-      for name, component in components.items()
-    },
+    **{name: _library_and_class(kind, name) for name in index.components},
   }
 
 
 def check_parts(
   folder: pathlib.Path, index: ModelIndex, configs: Mapping[str, Any]
 ) -> None:
-  """Do the networks fit each other?
+  """Do the networks fit each other and the pipeline's class?
 
   Raises:
     ValueError: naming the options of the UNet, VAE and text encoders that
       differ.
   """
+  wanted = CLASSES[index.class_name].unet
+  if not isinstance(configs['unet'], diffusers_maps.UNET_CONFIGS[wanted]):
+    raise ValueError(
+      f'{folder}: {index.class_name} needs a UNet whose config.json has '
+      f'_class_name={wanted!r}'
+    )
+  if 'vae' in configs:
+    _check_latents(folder, index, configs)
+  else:
+    _check_pixels(folder, configs['unet'])
+
+
+def _check_pixels(folder: pathlib.Path, unet: Any) -> None:
+  for option in ('in_channels', 'out_channels'):
+    value = getattr(unet, option)
+    if value not in pixels.CHANNELS or value != unet.in_channels:
+      raise ValueError(
+        f'{folder}: the UNet has {option}={value}; without a VAE in_channels '
+        'and out_channels must both be 1 (grey pictures) or both 3'
+      )
+
+
+def _check_latents(
+  folder: pathlib.Path, index: ModelIndex, configs: Mapping[str, Any]
+) -> None:
   unet, vae = configs['unet'], configs['vae']
   for option in ('in_channels', 'out_channels'):
     if getattr(unet, option) != vae.latent_channels:
@@ -247,9 +282,16 @@ def _check_addition(
     )
 
 
-def _check_component(path: pathlib.Path, name: str, value: Any) -> None:
+def _library_and_class(kind: PipelineClass, name: str) -> list[str]:
   component = diffusers_maps.COMPONENTS[name]
-  expected = [component.library, component.class_name]
+  class_name = kind.unet if name == 'unet' else component.class_name
+  return [component.library, class_name]
+
+
+def _check_component(
+  path: pathlib.Path, kind: PipelineClass, name: str, value: Any
+) -> None:
+  expected = _library_and_class(kind, name)
   if value != expected:
     raise ValueError(
       f'{path}: {name}={value!r} is not supported; allowed: {expected!r}'

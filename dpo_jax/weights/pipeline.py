@@ -1,4 +1,4 @@
-"""A Stable Diffusion pipeline as a folder in the diffusers layout."""
+"""A pipeline as a folder in the diffusers layout."""
 
 import dataclasses
 import pathlib
@@ -172,9 +172,9 @@ def create(
   out: str | pathlib.Path,
   *,
   unet: Mapping[str, Any],
-  vae: Mapping[str, Any],
   scheduler: Mapping[str, Any],
   params: Mapping[str, types.Params],
+  vae: Mapping[str, Any] | None = None,
   text_encoder: Mapping[str, Any] | None = None,
   text_encoder_2: Mapping[str, Any] | None = None,
   tokenizer_dir: str | pathlib.Path | None = None,
@@ -186,7 +186,8 @@ def create(
 ) -> None:
   """Writes a new pipeline folder from dicts and parameters.
 
-  `unet`, `vae` and the text encoders are the contents of their config.json,
+  `unet`, `vae` and the text encoders are the contents of their config.json
+  (of a pixel model the first alone, with its `_class_name`),
   `scheduler` that of scheduler_config.json with its `_class_name`; each text
   encoder has a tokenizer; `params` has every component. `flags` are options of
   the class in model_index.json, such as force_zeros_for_empty_prompt. Appears
