@@ -98,7 +98,7 @@ def judge(root: pathlib.Path, name: str) -> str:
 def run_loop(root: pathlib.Path, arm: str, seed: int, rounds: int) -> None:
   """One arm; its first round draws nothing that another has drawn."""
   folder, first = root / f'{arm}-{seed}', root / f'{ARMS[0]}-{seed}'
-  for part in ('base', 'round_1/pictures', 'round_1/pairs'):
+  for part in ('base', 'round_1/pictures'):
     if arm != ARMS[0] and not (folder / part).exists():
       shutil.copytree(first / part, folder / part)
   run_command(

@@ -40,11 +40,16 @@ SHOWN = 32
 
 
 class Stage(NamedTuple):
-  """A command: its name in rounds.json, module and flags."""
+  """A command: its name in rounds.json, module and flags.
+
+  `whole`: a folder that is there only when the stage is done; a command that
+  was stopped right after it would refuse to make it again.
+  """
 
   name: str
   module: str
   words: tuple[str, ...]
+  whole: pathlib.Path | None = None
 
   @property
   def text(self) -> str:
@@ -170,6 +175,7 @@ def plan(argv: Sequence[str]) -> list[Stage]:
           f'--source={pictures / ranking.PAIRS}',
           f'--out={folder / "pairs"}',
         ),
+        whole=folder / 'pairs',
       ),
       Stage(
         name + 'train',
@@ -264,7 +270,8 @@ def main(argv: Sequence[str]) -> None:
       flush=True,
     )
     started = time.monotonic()
-    _run(stage)
+    if stage.whole is None or not stage.whole.exists():
+      _run(stage)
     record.add(stage, time.monotonic() - started)
   record.values['rounds'] = [
     read_round(root / f'round_{number}')

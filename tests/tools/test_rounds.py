@@ -104,13 +104,14 @@ def test_a_whole_round_that_was_stopped(words, tmp_path, monkeypatch, capsys):
   root = tmp_path / 'loop'
 
   def stop(stage):
-    if stage.name == 'round 1: train':
-      raise rounds.StageError(stage, 4)
     count(stage)
+    if stage.name == 'round 1: prepare':
+      # Killed before anybody wrote down that it is done.
+      raise rounds.StageError(stage, 4)
 
   monkeypatch.setattr(rounds, '_run', stop)
   assert rounds.run(words) == 4
-  assert 'round 1: train ended with exit code 4' in capsys.readouterr().err
+  assert 'round 1: prepare ended with exit code 4' in capsys.readouterr().err
   monkeypatch.setattr(rounds, '_run', count)
   assert rounds.run(words) == 0
   # Nothing twice, all in order.
