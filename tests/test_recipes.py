@@ -12,6 +12,7 @@ VARIANTS = {
   'emoji_base': ('vae', 'unet'),
   'emoji_judge': ('all', 'holdout'),
   'emoji_sweep': emoji_sweep.VARIANTS,
+  'emoji_rounds': ('dpo', 'sft'),
   'mnist': mnist.VARIANTS,
   'quickstart': ('dpo', 'sft'),
   'sd15': sd15.VARIANTS,
