@@ -112,8 +112,9 @@ def _check(values, overrides: Sequence[str]) -> str:
   labeller = scoring.parse(values.labeller)
   if len(labeller) > 1:
     raise ValueError(f'--labeller={values.labeller}: name one judge')
+  ((who, place),) = labeller.items()
   for name, folder in scoring.parse(values.scorers).items():
-    if (name, folder) in labeller.items():
+    if name == who and _weights(name, folder) == _weights(who, place):
       raise ValueError(
         f'--scorers={name}={folder}: is also the labeller; a judge that the '
         'training pleases says nothing: compare by another one'
@@ -124,12 +125,18 @@ def _check(values, overrides: Sequence[str]) -> str:
   return config.model.folder
 
 
+def _weights(name: str, folder: str) -> pathlib.Path:
+  """Where a judge's weights lie, however that is written."""
+  if name in scoring.IN_PARTS:
+    folder = folder.rpartition(':')[0]
+  return pathlib.Path(folder).resolve()
+
+
 def plan(argv: Sequence[str]) -> list[Stage]:
   """All stages in their order; ValueError says what is wrong."""
   values, drawing, overrides = _parse(argv)
   policy = first = _check(values, overrides)
   root = pathlib.Path(values.workdir)
-  tokenizer = [f'--tokenizer={values.tokenizer}'] if values.tokenizer else []
   compared = [f'--prompts={values.eval_prompts}', f'--seed={values.seed}']
   base = root / 'base'
   stages = [
@@ -140,80 +147,87 @@ def plan(argv: Sequence[str]) -> list[Stage]:
     )
   ]
   for number in range(1, values.rounds + 1):
-    folder, name = root / f'round_{number}', f'round {number}: '
-    pictures, run = folder / 'pictures', folder / 'run'
-    stages += [
-      Stage(
-        name + 'draw',
-        'dpo_jax.tools.generate',
-        (
-          f'--model={policy}',
-          f'--prompts={values.prompts}',
-          f'--out={pictures}',
-          f'--images_per_prompt={values.images_per_prompt}',
-          # Other pictures in each round, and others than are compared.
-          f'--seed={values.seed + 1000 * number}',
-          *drawing,
-        ),
-      ),
-      Stage(
-        name + 'rank',
-        'dpo_jax.tools.rank',
-        (
-          f'--pictures={pictures}',
-          f'--scorer={values.labeller}',
-          f'--pairs={values.pairs}',
-          f'--min_gap={values.min_gap}',
-          *tokenizer,
-        ),
-      ),
-      Stage(
-        name + 'prepare',
-        'dpo_jax.tools.prepare',
-        (
-          '--format=jsonl',
-          f'--source={pictures / ranking.PAIRS}',
-          f'--out={folder / "pairs"}',
-        ),
-        whole=folder / 'pairs',
-      ),
-      Stage(
-        name + 'train',
-        'dpo_jax.main',
-        (
-          f'--config={values.config}',
-          f'--workdir={run}',
-          f'--config.seed={values.seed}',
-          *overrides,
-          f'--config.model.folder={policy}',
-          f'--config.data.path={folder / "pairs"}',
-        ),
-      ),
-      Stage(
-        name + 'draw the comparison',
-        'dpo_jax.tools.generate',
-        (
-          f'--model={run / "export"}',
-          f'--out={folder / "aligned"}',
-          *compared,
-          *drawing,
-        ),
-      ),
-      Stage(
-        name + 'compare',
-        'dpo_jax.tools.evaluate',
-        (
-          f'--a={base}',
-          f'--b={folder / "aligned"}',
-          f'--prompts={values.eval_prompts}',
-          f'--scorers={values.scorers}',
-          f'--out={folder / "compare"}',
-          *tokenizer,
-        ),
-      ),
+    folder = root / f'round_{number}'
+    # Other pictures in each round, and others than are compared.
+    seed = values.seed + 1000 * number
+    drawn = [*drawing, f'--seed={seed}']
+    made = [
+      *_make_pairs(values, folder, policy, drawn),
+      _train(values, folder, policy, overrides),
+      *_compare(values, folder, base, [*compared, *drawing]),
     ]
-    policy = str(run / 'export')
+    stages += [
+      stage._replace(name=f'round {number}: {stage.name}') for stage in made
+    ]
+    policy = str(folder / 'run' / 'export')
   return stages
+
+
+def _tokenizer(values) -> list[str]:
+  return [f'--tokenizer={values.tokenizer}'] if values.tokenizer else []
+
+
+def _make_pairs(
+  values, folder: pathlib.Path, policy: str, drawing: Sequence[str]
+) -> list[Stage]:
+  """The policy's own pictures, ranked, as a prepared folder."""
+  pictures, pairs = folder / 'pictures', folder / 'pairs'
+  draw = [
+    f'--model={policy}',
+    f'--prompts={values.prompts}',
+    f'--out={pictures}',
+    f'--images_per_prompt={values.images_per_prompt}',
+    *drawing,
+  ]
+  rank = [
+    f'--pictures={pictures}',
+    f'--scorer={values.labeller}',
+    f'--pairs={values.pairs}',
+    f'--min_gap={values.min_gap}',
+    *_tokenizer(values),
+  ]
+  source = pictures / ranking.PAIRS
+  prepare = ['--format=jsonl', f'--source={source}', f'--out={pairs}']
+  return [
+    Stage('draw', 'dpo_jax.tools.generate', tuple(draw)),
+    Stage('rank', 'dpo_jax.tools.rank', tuple(rank)),
+    Stage('prepare', 'dpo_jax.tools.prepare', tuple(prepare), whole=pairs),
+  ]
+
+
+def _train(
+  values, folder: pathlib.Path, policy: str, overrides: Sequence[str]
+) -> Stage:
+  """From the policy, which is also the reference."""
+  words = [
+    f'--config={values.config}',
+    f'--workdir={folder / "run"}',
+    f'--config.seed={values.seed}',
+    *overrides,
+    f'--config.model.folder={policy}',
+    f'--config.data.path={folder / "pairs"}',
+  ]
+  return Stage('train', 'dpo_jax.main', tuple(words))
+
+
+def _compare(
+  values, folder: pathlib.Path, base: pathlib.Path, drawing: Sequence[str]
+) -> list[Stage]:
+  """What was trained against the first model."""
+  aligned = folder / 'aligned'
+  draw = [f'--model={folder / "run" / "export"}', f'--out={aligned}', *drawing]
+  compare = [
+    f'--a={base}',
+    f'--b={aligned}',
+    f'--prompts={values.eval_prompts}',
+    f'--scorers={values.scorers}',
+    f'--out={folder / "compare"}',
+    *_tokenizer(values),
+  ]
+  return [
+    Stage('draw the comparison', 'dpo_jax.tools.generate', tuple(draw)),
+    Stage('compare', 'dpo_jax.tools.evaluate', tuple(compare)),
+  ]
 
 
 class Record:

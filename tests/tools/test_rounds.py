@@ -3,6 +3,7 @@
 import importlib
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -32,6 +33,7 @@ DRAWING = ['--sampler=ddim', '--steps=2', '--guidance_scale=2', '--batch=8']
 
 @pytest.fixture
 def words(tmp_path):
+  shutil.copytree('examples/emoji/judge', tmp_path / 'other')
   captions = ['dog face', 'red apple', 'trumpet', 'bread', 'hammer', 'key']
   captions += ['crab', 'owl', 'rocket', 'anchor', 'cactus', 'candle']
   (tmp_path / 'train.txt').write_text('\n'.join(captions) + '\n')
@@ -42,7 +44,7 @@ def words(tmp_path):
     f'--prompts={tmp_path / "train.txt"}',
     f'--eval_prompts={tmp_path / "eval.txt"}',
     f'--labeller={JUDGE}:twemoji',
-    f'--scorers={JUDGE}:noto',
+    f'--scorers=classifier={tmp_path / "other"}:noto',
     '--rounds=1',
     '--images_per_prompt=2',
     *DRAWING,
@@ -140,6 +142,11 @@ def test_a_whole_round_that_was_stopped(words, tmp_path, monkeypatch, capsys):
   ('word', 'text'),
   [
     (f'--scorers={JUDGE}:twemoji', 'is also the labeller'),
+    # The same weights, asked for the other class and by another path.
+    (
+      '--scorers=classifier=./examples/../examples/emoji/judge:noto',
+      'is also the labeller',
+    ),
     ('--scorers=beauty=x', 'names are pickscore'),
     (f'--labeller={JUDGE}:twemoji,clip=x', 'name one judge'),
     ('--prompts=missing.txt', 'missing.txt: no such file'),
