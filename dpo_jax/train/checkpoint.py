@@ -25,6 +25,9 @@ _TORN = '*.orbax-checkpoint-tmp*'
 _MARKER = '.saving'
 _DAMAGED = '.damaged'
 _TRIES = 50
+# Copies of an array write a part of it each only where a part has so many
+# bytes: a small one would become a fragment for every device.
+_PART_BYTES = 2**20
 _NONE, _ALL_DAMAGED = -1, -2
 
 
@@ -66,7 +69,12 @@ class Checkpointer:
       options=ocp.CheckpointManagerOptions(
         max_to_keep=None, cleanup_tmp_directories=True, create=True
       ),
-      item_names=('state', 'data'),
+      item_handlers={
+        'state': ocp.PyTreeCheckpointHandler(
+          type_handler_registry=_array_types()
+        ),
+        'data': ocp.JsonCheckpointHandler(),
+      },
     )
 
   def _open(self) -> int | None:
@@ -159,7 +167,7 @@ class Checkpointer:
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state),
+          state=ocp.args.PyTreeSave(state),
           data=ocp.args.JsonSave(dict(record)),
         ),
         force=True,
@@ -238,7 +246,10 @@ class Checkpointer:
       restored = self._manager.restore(
         self._latest,
         args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract),
+          state=ocp.args.PyTreeRestore(
+            abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+          ),
           data=ocp.args.JsonRestore(),
         ),
       )
@@ -266,6 +277,19 @@ class Checkpointer:
       self.wait()
     finally:
       self._manager.close()
+
+
+def _array_types() -> ocp.type_handlers.TypeHandlerRegistry:
+  return ocp.type_handlers.create_type_handler_registry(
+    (
+      jax.Array,
+      ocp.type_handlers.ArrayHandler(
+        min_slice_bytes_for_replica_parallel=_PART_BYTES,
+        # A restore names its own shardings.
+        enable_write_sharding_file=False,
+      ),
+    )
+  )
 
 
 def _folder_of(workdir: str | os.PathLike) -> epath.Path:
