@@ -162,17 +162,8 @@ def load(
   return Tokenizer(backend, int(length))
 
 
-@dataclasses.dataclass(frozen=True)
-class BertTokenizer:
+class BertTokenizer(Tokenizer):
   """Encodes captions as ImageReward does; safe to share by threads."""
-
-  backend: transformers.PreTrainedTokenizerBase
-  max_length: int
-  _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-
-  @property
-  def vocab_size(self) -> int:
-    return len(self.backend)
 
   def encode(
     self, captions: Sequence[str]

@@ -85,6 +85,31 @@ def check_heads(config: Any) -> None:
   )
 
 
+def check_kinds(
+  config: Any,
+  blocks: Mapping[str, Collection[str]],
+  others: Mapping[str, Collection[Any]],
+) -> None:
+  """Checks options that name kinds: `blocks` one a level, `others` one.
+
+  Both map an option to what is known. The number of levels is that of
+  block_out_channels. Raises ValueError as `check` does.
+  """
+  n = len(config.block_out_channels)
+  for option, known in blocks.items():
+    kinds = getattr(config, option)
+    good = isinstance(kinds, tuple) and len(kinds) == n
+    check(
+      good and all(kind in tuple(known) for kind in kinds),
+      config,
+      option,
+      f'{n} (as block_out_channels) of {", ".join(known)}',
+    )
+  for option, known in others.items():
+    good = getattr(config, option) in tuple(known)
+    check(good, config, option, ', '.join(map(repr, known)))
+
+
 def spread(config: Any, option: str, length: int) -> None:
   """Turns one integer into one per block, in place, and checks the length."""
   value = getattr(config, option)

@@ -63,7 +63,14 @@ class UNet2DConfig:
 
   def __post_init__(self):
     options.check_types(self)
-    self._check_kinds()
+    options.check_kinds(
+      self,
+      {'down_block_types': DOWN_TYPES, 'up_block_types': UP_TYPES},
+      {
+        'mid_block_type': MID_TYPES,
+        'resnet_time_scale_shift': TIME_SHIFTS,
+      },
+    )
     self._check_widths()
 
   @classmethod
@@ -74,27 +81,6 @@ class UNet2DConfig:
   def heads(self, channels: int) -> int:
     """The number of heads of attention over so many channels."""
     return channels // (self.attention_head_dim or channels)
-
-  def _check_kinds(self):
-    n = len(self.block_out_channels)
-    for option, known in (
-      ('down_block_types', DOWN_TYPES),
-      ('up_block_types', UP_TYPES),
-    ):
-      kinds = getattr(self, option)
-      good = isinstance(kinds, tuple) and len(kinds) == n
-      options.check(
-        good and all(kind in tuple(known) for kind in kinds),
-        self,
-        option,
-        f'{n} (as block_out_channels) of {", ".join(known)}',
-      )
-    for option, known in (
-      ('mid_block_type', MID_TYPES),
-      ('resnet_time_scale_shift', TIME_SHIFTS),
-    ):
-      good = getattr(self, option) in known
-      options.check(good, self, option, ', '.join(map(repr, known)))
 
   def _check_widths(self):
     channels, groups = self.block_out_channels, self.norm_num_groups

@@ -99,7 +99,15 @@ class UNetConfig:
       options.spread(self, option, len(self.block_out_channels))
       good = all(value > 0 for value in getattr(self, option))
       options.check(good, self, option, 'integers above 0')
-    self._check_kinds()
+    options.check_kinds(
+      self,
+      {'down_block_types': DOWN_TYPES, 'up_block_types': UP_TYPES},
+      {
+        'mid_block_type': MID_TYPES,
+        'resnet_time_scale_shift': TIME_SHIFTS,
+        'addition_embed_type': ADDITION_TYPES,
+      },
+    )
     self._check_widths()
     self._spread_depths()
     self._spread_text_width()
@@ -109,29 +117,6 @@ class UNetConfig:
   def from_dict(cls, values: Mapping[str, Any]) -> 'UNetConfig':
     """Reads unet/config.json; ValueError on an unsupported option."""
     return options.read(cls, values, fixed=FIXED, harmless=HARMLESS)
-
-  def _check_kinds(self):
-    n = len(self.block_out_channels)
-    for option, known in (
-      ('down_block_types', DOWN_TYPES),
-      ('up_block_types', UP_TYPES),
-    ):
-      kinds = getattr(self, option)
-      good = isinstance(kinds, tuple) and len(kinds) == n
-      options.check(
-        good and all(kind in tuple(known) for kind in kinds),
-        self,
-        option,
-        f'{n} (as block_out_channels) of {", ".join(known)}',
-      )
-    for option, known in (
-      ('mid_block_type', MID_TYPES),
-      ('resnet_time_scale_shift', TIME_SHIFTS),
-      ('addition_embed_type', ADDITION_TYPES),
-    ):
-      shown = ', '.join(map(repr, known))
-      good = getattr(self, option) in tuple(known)
-      options.check(good, self, option, shown)
 
   def _check_widths(self):
     channels, groups = self.block_out_channels, self.norm_num_groups
