@@ -93,9 +93,14 @@ class Component:
 
   def init_shapes(self, config: Any) -> types.PyTree:
     """Shapes and dtypes of the parameters, nothing computed."""
-    return jax.eval_shape(
-      functools.partial(self.init, config), jax.random.key(0)
-    )
+    return jax.tree.map(lambda leaf: leaf, _find_shapes(self, config))
+
+
+@functools.cache
+def _find_shapes(component: Component, config: Any) -> types.PyTree:
+  return jax.eval_shape(
+    functools.partial(component.init, config), jax.random.key(0)
+  )
 
 
 def load_config(folder: str | pathlib.Path) -> dict[str, Any]:
