@@ -4,8 +4,14 @@ import os
 import pathlib
 
 # Before jax is imported: tests place work on 1 to 8 of these.
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ['XLA_FLAGS'] = ' '.join(
+  [
+    os.environ.get('XLA_FLAGS', ''),
+    '--xla_force_host_platform_device_count=8',
+    # Tests compile far more than they compute. At 0 the policy's pass and the
+    # reference's would round apart.
+    '--xla_backend_optimization_level=1',
+  ]
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # What was compiled once serves all tests, workers, and processes they start.

@@ -97,11 +97,14 @@ def test_objective_numbers_are_checked(arguments, capsys):
   assert 'dpo takes beta' in _error(argv, capsys)
 
 
-def test_another_config_in_the_workdir_is_refused(arguments, tmp_path, capsys):
-  (tmp_path / 'run').mkdir()
-  short = {'train__num_steps': 1, 'train__eval_every': 0}
-  assert main.run(arguments(**short)) == 0
-  line = _error(arguments(**short, optim__lr=5e-4), capsys)
+def test_another_config_in_the_workdir_is_refused(
+  small_arguments, tmp_path, capsys
+):
+  workdir = tmp_path / 'run'
+  workdir.mkdir()
+  assert main.run(small_arguments(workdir, train__num_steps=1)) == 0
+  argv = small_arguments(workdir, train__num_steps=1, optim__lr=5e-4)
+  line = _error(argv, capsys)
   assert 'optim.lr: 0.001 -> 0.0005' in line
 
 
