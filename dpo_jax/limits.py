@@ -54,7 +54,7 @@ RANGES = {
   'noise.t_min': (0, math.inf),
   'noise.t_max': (0, math.inf),
   'noise.min_snr_gamma': (1e-6, math.inf),
-  'data.label_noise': (0, 1),
+  'data.label_noise': (0, 1.000001),
   'data.min_agree': (0, math.inf),
   'data.per_caption': (0, math.inf),
   'objective.reward_beta': (0, math.inf),

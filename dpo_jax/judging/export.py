@@ -11,6 +11,10 @@ from dpo_jax.evaluate import pages, vote_stats
 from dpo_jax.judging import items as items_lib
 from dpo_jax.judging import votes as votes_lib
 
+# Of likes, which benign picture is set against which malign one.
+CROSSINGS = ('none', 'prompt', 'all')
+MAX_CROSSED = 200_000
+
 
 def summarise(
   votes: Sequence[votes_lib.Vote],
@@ -74,13 +78,15 @@ def write(
   question: str,
   questions: Sequence[str],
   min_votes: int = 1,
+  cross: str = 'none',
 ) -> dict[str, int]:
   """Writes DIR/pairs.jsonl or likes.jsonl, its pictures, and votes.json.
 
   `python -m dpo_jax.tools.prepare --format=jsonl --source=DIR/...` reads them.
   Of a pair the majority at `question` wins, and ties and even votes are left
   out; of single pictures benign is liked, malign is not, and what is unsure is
-  left out. Returns counts of what was kept and left out.
+  left out. `cross`, of single pictures, adds pairs.jsonl, see `cross_likes`.
+  Returns counts of what was kept and left out.
   """
   folder = pathlib.Path(folder)
   (folder / 'pictures').mkdir(parents=True, exist_ok=True)
@@ -105,14 +111,53 @@ def write(
     lines.append(_line(item, names, choice, mode))
     counts['kept'] += 1
   name = 'pairs.jsonl' if mode == items_lib.PAIRS else 'likes.jsonl'
-  text = ''.join(json.dumps(line) + '\n' for line in lines)
-  pages.write_whole(folder / name, text)
+  _write_lines(folder / name, lines)
+  if cross != 'none':
+    crossed = cross_likes(lines, by=cross)
+    _write_lines(folder / 'pairs.jsonl', crossed)
+    counts['pairs'] = len(crossed)
   summary = summarise(
     votes, mode=mode, questions=questions, min_votes=min_votes
   )
   record = pages.plain({'counts': counts, 'questions': summary})
   pages.write_whole(folder / 'votes.json', json.dumps(record, indent=2) + '\n')
   return counts
+
+
+def cross_likes(
+  likes: Sequence[Mapping[str, Any]], *, by: str
+) -> list[dict[str, Any]]:
+  """Pairs of every liked picture with every one that is not, as lines.
+
+  by: 'prompt' pairs pictures of one prompt; 'all' all of them, under the
+  liked one's prompt: for unconditional models, which read none.
+
+  Raises ValueError where there is no pair, or more than MAX_CROSSED.
+  """
+  good = [line for line in likes if line['liked']]
+  bad = [line for line in likes if not line['liked']]
+  pairs = [
+    {'caption': win['caption'], 'winner': win['image'], 'loser': lose['image']}
+    for win in good
+    for lose in bad
+    if by == 'all' or win['caption'] == lose['caption']
+  ][: MAX_CROSSED + 1]
+  if not pairs:
+    hint = "; 'all' crosses prompts" if good and bad else ''
+    raise ValueError(
+      f'--cross={by}: {len(good)} benign and {len(bad)} malign pictures make '
+      f'no pair{hint}'
+    )
+  if len(pairs) > MAX_CROSSED:
+    raise ValueError(
+      f'--cross={by}: {len(good)} benign and {len(bad)} malign pictures make '
+      f'more than {MAX_CROSSED} pairs; export fewer labels'
+    )
+  return pairs
+
+
+def _write_lines(path: pathlib.Path, lines) -> None:
+  pages.write_whole(path, ''.join(json.dumps(line) + '\n' for line in lines))
 
 
 def _line(item, names, choice, mode) -> dict[str, Any]:

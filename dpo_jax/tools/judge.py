@@ -13,7 +13,9 @@ is bad, twice for unsure; Enter for the next page.
 Votes are on the disk before the page goes on. Stop with Ctrl-C and go on with
 the same command. Several people may vote at once under their own names.
 --export writes training data for `tools.prepare --format=jsonl`, and votes.json
-with win rates, intervals and the judges' agreement.
+with win rates, intervals and the judges' agreement. Of likes, --cross=prompt
+adds pairs of each benign picture with each malign one of its prompt, and
+--cross=all with every malign one, for models that read no prompt.
 
 The page is served to this machine only. --host=ADDRESS serves it to others, who
 then need the token that is printed.
@@ -55,6 +57,7 @@ def _parse(argv: Sequence[str]):
   add('--export', help='write training data there, and serve nothing')
   add('--question', default='q1', help='whose winner is exported')
   add('--min_votes', type=whole, default=1, help='of an item to count')
+  add('--cross', default='none', choices=export.CROSSINGS, help='of likes')
   return parser.parse(argv)
 
 
@@ -93,6 +96,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _export(values, mode, items, questions, votes) -> None:
+  if values.cross != 'none' and mode != items_lib.LIKES:
+    raise ValueError(f'--cross={values.cross}: is for --likes')
   question = LIKES_QUESTION if mode == items_lib.LIKES else values.question
   known = {*questions, *(vote.question for vote in votes.votes())}
   if question not in known:
@@ -107,6 +112,7 @@ def _export(values, mode, items, questions, votes) -> None:
     question=question,
     questions=sorted(known),
     min_votes=values.min_votes,
+    cross=values.cross,
   )
   print(export.describe(_summary(values, mode, known, votes)))
   left = ', '.join(f'{name} {n}' for name, n in counts.items() if n)

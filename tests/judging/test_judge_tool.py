@@ -9,6 +9,7 @@ import judge_server
 import pytest
 from PIL import Image
 
+from dpo_jax.judging import export
 from dpo_jax.tools import arguments, judge, prepare
 
 
@@ -327,14 +328,44 @@ def test_likes_a_page_at_a_time(start, folders, tmp_path):
       f'--likes={folders[0]}',
       f'--votes={tmp_path / "votes.jsonl"}',
       f'--export={tmp_path / "likes"}',
+      '--cross=all',
     ]
   )
-  lines = (tmp_path / 'likes' / 'likes.jsonl').read_text().splitlines()
-  assert sorted(json.loads(line)['liked'] for line in lines) == [
-    False,
-    False,
-    True,
+  likes, pairs = (
+    [json.loads(line) for line in (tmp_path / 'likes' / name).open()]
+    for name in ('likes.jsonl', 'pairs.jsonl')
+  )
+  assert sorted(one['liked'] for one in likes) == [False, False, True]
+  (good,) = [one for one in likes if one['liked']]
+  bad = {one['image'] for one in likes if not one['liked']}
+  assert len(pairs) == 2 and {one['loser'] for one in pairs} == bad
+  for pair in pairs:
+    assert (pair['caption'], pair['winner']) == (good['caption'], good['image'])
+
+
+def test_likes_are_crossed_within_a_prompt_or_all():
+  likes = [
+    {'caption': caption, 'image': f'{number}.png', 'liked': liked}
+    for number, (caption, liked) in enumerate(
+      [('cat', True), ('cat', False), ('dog', False), ('dog', True)]
+    )
   ]
+
+  def crossed(by):
+    return [
+      (one['caption'], one['winner'][0], one['loser'][0])
+      for one in export.cross_likes(likes, by=by)
+    ]
+
+  assert crossed('prompt') == [('cat', '0', '1'), ('dog', '3', '2')]
+  assert crossed('all') == [
+    ('cat', '0', '1'),
+    ('cat', '0', '2'),
+    ('dog', '3', '1'),
+    ('dog', '3', '2'),
+  ]
+  with pytest.raises(ValueError, match=r'1 benign and 1 malign .*all'):
+    export.cross_likes([likes[0], likes[2]], by='prompt')
 
 
 def error_of(capsys, *words):
@@ -353,5 +384,8 @@ def test_errors_are_one_line(folders, tmp_path, capsys):
   )
   assert 'the votes are on q1' in error_of(
     capsys, votes, *pairs, f'--export={tmp_path / "e"}', '--question=q9'
+  )
+  assert '--cross=all: is for --likes' in error_of(
+    capsys, votes, *pairs, f'--export={tmp_path / "e"}', '--cross=all'
   )
   assert pathlib.Path(tmp_path / 'v.jsonl').is_file()
