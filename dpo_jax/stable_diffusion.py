@@ -171,15 +171,23 @@ class StableDiffusion:
     *,
     guidance_scale: float,
     guidance_rescale: float = 0.0,
+    negative_params: types.Params | None = None,
   ) -> types.DenoiseFn:
     """The guided network as a function of (x_t, t) alone.
 
+    negative_params: of another UNet, which is guided away from: it takes
+    `uncond`, and models without text can be guided so too.
+
     Raises ValueError as check_guidance does.
     """
-    self.check_guidance(guidance_scale)
+    if negative_params is None:
+      self.check_guidance(guidance_scale)
 
     def apply_fn(x_t, t, cond):
       return self.apply_unet(unet_params, x_t, t, cond)
+
+    def uncond_fn(x_t, t, cond):
+      return self.apply_unet(negative_params, x_t, t, cond)
 
     return guidance.classifier_free(
       apply_fn,
@@ -187,6 +195,7 @@ class StableDiffusion:
       uncond,
       guidance_scale=guidance_scale,
       guidance_rescale=guidance_rescale,
+      uncond_fn=None if negative_params is None else uncond_fn,
     )
 
 

@@ -40,6 +40,7 @@ def classifier_free(
   *,
   guidance_scale: float,
   guidance_rescale: float = 0.0,
+  uncond_fn: Callable | None = None,
 ) -> types.DenoiseFn:
   """Network output guided by text: uncond + w (cond - uncond).
 
@@ -52,6 +53,8 @@ def classifier_free(
     apply_fn: (x_t [n h w c], t [n], conditioning) -> [n h w c].
     cond: a tree of arrays [n ...], like `uncond`.
     guidance_rescale: 0 (off) to 1, see `rescale`.
+    uncond_fn: as apply_fn, another network for what is guided away from: one
+      trained on swapped labels (Diffusion-NPO, Wang et al., 2025).
 
   Raises:
     ValueError: guidance_rescale outside [0, 1], or given without guidance.
@@ -67,12 +70,19 @@ def classifier_free(
         f'guidance_scale={guidance_scale} (no guidance); set it to 0'
       )
     return lambda x_t, t: apply_fn(x_t, t, cond)
-  doubled = jax.tree.map(_interleave, uncond, cond)
+  doubled = None
+  if uncond_fn is None:
+    doubled = jax.tree.map(_interleave, uncond, cond)
+
+  def both(x_t, t):
+    if doubled is None:
+      return uncond_fn(x_t, t, uncond), apply_fn(x_t, t, cond)
+    output = apply_fn(_interleave(x_t, x_t), _interleave(t, t), doubled)
+    pairs = output.reshape(-1, 2, *output.shape[1:])
+    return pairs[:, 0], pairs[:, 1]
 
   def denoise(x_t, t):
-    output = apply_fn(_interleave(x_t, x_t), _interleave(t, t), doubled)
-    pairs = output.astype(jnp.float32).reshape(-1, 2, *output.shape[1:])
-    without, along = pairs[:, 0], pairs[:, 1]
+    without, along = (output.astype(jnp.float32) for output in both(x_t, t))
     guided = without + guidance_scale * (along - without)
     if not guidance_rescale:
       return guided

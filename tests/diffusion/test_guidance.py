@@ -127,3 +127,20 @@ def test_the_doubled_batch_stays_on_its_devices():
 
 def _scale_by_mean(x_t, t, cond):
   return jnp.sin(x_t) * (cond['text'].mean(1) + t)[:, None, None, None]
+
+
+def test_another_network_may_be_guided_away_from():
+  def apply_fn(x_t, t, cond):
+    return x_t * cond['text'][:, None, None]
+
+  def uncond_fn(x_t, t, cond):
+    return 10.0 * x_t * cond['text'][:, None, None]
+
+  cond = {'text': jnp.array([[3.0], [5.0]])}
+  uncond = {'text': jnp.array([[1.0], [2.0]])}
+  guided = guidance.classifier_free(
+    apply_fn, cond, uncond, guidance_scale=1.5, uncond_fn=uncond_fn
+  )(X_T, T)
+  np.testing.assert_allclose(
+    guided[:, 0, 0, 0], [10 + 1.5 * (3 - 10), 20 + 1.5 * (5 - 20)]
+  )
