@@ -44,4 +44,4 @@ $(VENV)/.test: $(VENV)/.runtime requirements/test.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info $${DPO_JAX_TEST_CACHE:-~/.cache/dpo_jax_tests}

@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+import processor
+
 # Before jax is imported: tests place work on 1 to 8 of these.
 os.environ['XLA_FLAGS'] = ' '.join(
   [
@@ -14,9 +16,12 @@ os.environ['XLA_FLAGS'] = ' '.join(
   ]
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# What was compiled once serves all tests, workers, and processes they start.
-os.environ['JAX_COMPILATION_CACHE_DIR'] = str(
-  pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax'
+# What was compiled once serves all tests, workers, processes they start, and
+# the next run, of another clone too.
+os.environ['JAX_COMPILATION_CACHE_DIR'] = os.path.join(
+  os.environ.get('DPO_JAX_TEST_CACHE')
+  or os.path.expanduser('~/.cache/dpo_jax_tests'),
+  processor.name(),
 )
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
