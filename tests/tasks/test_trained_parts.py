@@ -77,11 +77,14 @@ def test_the_gradient_of_a_part_is_the_whole_ones(params, options):
   # Both round alike but for what the compiler fuses.
   np.testing.assert_allclose(loss, whole_loss, rtol=1e-5)
   wanted, _ = trees.split(whole_grads['unet'], CROSS)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+  # By leaf, not by number: small ones are sums that cancel, and how far these
+  # round apart hangs on the processor.
+  off = jax.tree.map(
+    lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b),
     grads['unet'],
     wanted,
   )
+  assert max(jax.tree.leaves(off)) < 3e-5
 
 
 def test_policy_and_reference_share_what_is_not_trained(params):
