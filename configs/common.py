@@ -245,9 +245,8 @@ def _classifier():
 def _reward():
   """Of task reward (Yoon et al., 2023); data.path names labels."""
   c = ml_collections.ConfigDict()
-  # time (sees x_t and t) | clean (sees x_0, and x_0_hat when it guides).
+  # time (sees x_t and t) | clean (x_0), as pixels | latents of model.folder.
   c.kind = 'clean'
-  # What it sees: pixels | latents (of model.folder, where it has some).
   c.space = 'pixels'
   # ensemble (of networks) | union (one, on the labels of all) | single.
   c.variant = 'ensemble'
@@ -258,15 +257,14 @@ def _reward():
   # below 1 passing a malign one costs 1 / it times more.
   c.loss = 'bce'
   c.benign_weight = 1.0
-  # Channels of the levels, each of half the side; residual blocks of each; heads
-  # of the attention that pools (of time); groups of the norms.
+  # Channels of the levels, each of half the side; residual blocks of each;
+  # heads of the attention that pools (of time); groups of the norms.
   c.widths = (32, 64, 128)
   c.depth = 1
   c.num_heads = 4
   c.norm_num_groups = 8
-  # Of each label so many pictures: itself, and others turned by so many degrees
-  # at most, cropped and changed in colour by this share at most. data.flip and
-  # data.random_crop come on top, anew in each epoch.
+  # Of each label so many pictures: itself, and others turned (degrees), cropped
+  # and changed in colour (shares) by this at most, beside data.flip.
   c.copies = 1
   c.rotation = 0.0
   c.crop = 0.0
