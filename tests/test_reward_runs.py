@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from dpo_jax import main
+from dpo_jax import build, flags, main
 from dpo_jax.weights import rewards
 
 SMALL = {
@@ -117,35 +117,38 @@ def test_bad_settings_are_one_line(
   assert words in _error(argv, capsys)
 
 
-def test_latents_of_a_latent_model_or_pixels_without_one(
+def test_pairs_of_a_latent_model_in_latents(
   reward_arguments, tiny_folder, make_labels, tmp_path, capsys
 ):
-  labels, more = make_labels(), make_labels('more', seed=1, benign=2, malign=1)
-  options = {
-    'labels': labels,
-    'data__eval_path': more,
-    'train__num_steps': 1,
-  }
-  argv = reward_arguments('sd', tmp_path / 'a', folder=tiny_folder, **options)
+  argv = reward_arguments(
+    'sd',
+    folder=tiny_folder,
+    data__eval_path=make_labels('more', seed=1, benign=2, malign=1),
+    train__num_steps=1,
+    reward__loss='pairwise',
+    reward__benign_weight=1.0,
+    reward__variant='single',
+    reward__networks=1,
+  )
   assert main.run(argv) == 0, capsys.readouterr().err
-  loaded = rewards.load(tmp_path / 'a' / 'export')
+  loaded = rewards.load(tmp_path / 'run' / 'export')
   assert loaded.record['space'] == 'latents'
   assert loaded.record['place'] == 'x_0_hat'
   assert loaded.record['size'] == [2, 2] and loaded.config.in_channels == 4
   assert loaded.record['model']['name'] == str(tiny_folder)
-  report = json.loads((tmp_path / 'a' / 'report.json').read_text())
-  assert report['held_out'][0]['ensemble']['accuracy']['n'] == 3
+  report = json.loads((tmp_path / 'run' / 'report.json').read_text())
+  (level,) = report['held_out']
+  assert level['ensemble']['accuracy']['n'] == 3 and 'members' not in level
 
-  argv = reward_arguments(
-    'church',
-    tmp_path / 'b',
-    folder=None,
-    **options | {'data__eval_path': None, 'data__holdout': 0.0},
-    reward__loss='pairwise',
-    reward__benign_weight=1.0,
-  )
-  assert main.run(argv) == 0, capsys.readouterr().err
-  loaded = rewards.load(tmp_path / 'b' / 'export')
-  assert loaded.record['model'] is None and loaded.config.in_channels == 3
-  report = json.loads((tmp_path / 'b' / 'report.json').read_text())
-  assert 'held_out' not in report and len(report['training']) == 1
+
+def test_pixels_need_no_generator(reward_arguments):
+  argv = reward_arguments('church', folder=None, data__holdout=0.0)
+  job = build.build(flags.parse(argv)[0])
+  assert job.opened is None and job.reward.shape == (8, 8, 3)
+  assert job.reward.describe({})['model'] is None
+  # Held out is nothing: all are trained on, and looked at.
+  assert job.counts['held_out_labels'] == 0 and len(job.data.held) == 13
+  batch = next(job.loop_arguments['loader'])
+  job.loop_arguments['loader'].close()
+  assert batch['images'].shape == (8, 8, 8, 3)
+  assert batch['members'].shape == (8, 2)
