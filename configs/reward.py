@@ -136,6 +136,8 @@ def get_config(variant: str = 'mnist') -> ml_collections.ConfigDict:
     c.reward[name] = getattr(chosen, name)
   c.optim.lr = chosen.lr
   c.optim.weight_decay = 0.05
+  # A norm over all networks would make one hang on the others.
+  c.optim.clip_norm = 0.0
   c.optim.schedule = 'linear'
   c.optim.warmup_steps = 0
   c.train.num_steps = chosen.steps
