@@ -10,7 +10,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
   """Defaults: the official Diffusion-DPO settings for Stable Diffusion 1.5."""
   c = ml_collections.ConfigDict()
-  # What to train: preference | denoise | autoencode | classify.
+  # What to train: preference | denoise | autoencode | classify | reward.
   c.task = 'preference'
   # Order of the data, noise, timesteps, dropout and sampling follow from it.
   c.seed = 0
@@ -22,6 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.denoise = _denoise()
   c.vae = _vae()
   c.classifier = _classifier()
+  c.reward = _reward()
   c.optim = _optim()
   c.train = _train()
   c.mesh = _mesh()
@@ -238,6 +239,36 @@ def _classifier():
   c.gain = 0.1
   c.blur = 0.8
   c.shift = 3
+  return c
+
+
+def _reward():
+  """Of task reward (Yoon et al., 2023); data.path names labels."""
+  c = ml_collections.ConfigDict()
+  # time (sees x_t and t) | clean (x_0), as pixels | latents of model.folder.
+  c.kind = 'clean'
+  c.space = 'pixels'
+  # ensemble (of networks) | union (one, on the labels of all) | single.
+  c.variant = 'ensemble'
+  c.networks = 5
+  # Labels of each class a network, benign ones of its own; 0: as of the rarer.
+  c.per_class = 0
+  # bce | pairwise (benign against malign), and of bce the weight of the benign:
+  # below 1 passing a malign one costs 1 / it times more.
+  c.loss = 'bce'
+  c.benign_weight = 1.0
+  # Channels of the levels, each of half the side; residual blocks of each;
+  # heads of the attention that pools (of time); groups of the norms.
+  c.widths = (32, 64, 128)
+  c.depth = 1
+  c.num_heads = 4
+  c.norm_num_groups = 8
+  # Of each label so many pictures: itself, and others turned (degrees), cropped
+  # and changed in colour (shares) by this at most, beside data.flip.
+  c.copies = 1
+  c.rotation = 0.0
+  c.crop = 0.0
+  c.colour = 0.0
   return c
 
 

@@ -16,12 +16,14 @@ from dpo_jax import (
   from_config,
   limits,
   loading,
+  reading,
+  reward_runs,
   scoring,
   selecting,
   sharding,
   trees,
 )
-from dpo_jax.data import cached, labelling, prepared, ref_errors
+from dpo_jax.data import cached, ref_errors
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.evaluate import judge as judge_lib
 from dpo_jax.models import classifier, lora
@@ -38,12 +40,14 @@ class Job:
     record: the resolved config as JSON types.
     pinned: what a run that goes on must find as it was: name to JSON types.
     loop_arguments: for loop.run, workdir aside.
-    opened: the model at the start (None for task classify).
+    opened: the model at the start; None where the task reads none. Of task
+      reward it has no UNet.
     tokenizer: its tokenizers.
     counts: what became of the data's rows.
     held_batches: held-out batches by epoch.
     adapters: what adapters are trained, None where none are.
     validation: what scores a step's pictures, None where nothing does.
+    reward: what a run of task reward is made of, None for the others.
   """
 
   record: dict[str, Any]
@@ -58,6 +62,7 @@ class Job:
   held_batches: Callable
   adapters: lora.Settings | None = None
   validation: selecting.Validation | None = None
+  reward: reward_runs.Parts | None = None
 
 
 def _load_judge(config) -> judge_lib.StyleJudge | None:
@@ -160,8 +165,17 @@ def _open(config, mesh):
       f'data.resolution={config.data.resolution}: must be a multiple of the '
       f"VAE's downscale factor {opened.model.downscale}"
     )
-  opened.model.check_guidance(config.eval.guidance_scale)
+  if config.task != 'reward':
+    opened.model.check_guidance(config.eval.guidance_scale)
   return opened
+
+
+def _open_generator(config, mesh):
+  """The model without its UNet, which a reward does not look at, or None."""
+  if not config.model.folder:
+    return None
+  opened = _open(config, mesh)
+  return dataclasses.replace(opened, params={'vae': opened.params['vae']})
 
 
 def _leave_start(opened, task):
@@ -200,69 +214,6 @@ def _count_cut(tokenizer, captions) -> int:
       file=sys.stderr,
     )
   return cut
-
-
-def _labelling(config) -> labelling.Labelling:
-  """Who wins the training pairs, and the scores that batches come with."""
-  names = (config.objective.scores,) if config.objective.scores else ()
-  return labelling.Labelling(
-    winner=config.data.winner,
-    consensus=tuple(config.data.consensus),
-    min_agree=config.data.min_agree,
-    per_caption=config.data.per_caption,
-    columns=names,
-  )
-
-
-def _read_data(config) -> datasets.Data:
-  """The examples that the config names; reads no picture of a folder."""
-  paths = datasets.split_paths(config.data.path)
-  eval_paths = datasets.split_paths(config.data.eval_path)
-  if any(map(datasets.is_prepared, paths)):
-    if config.task != 'preference':
-      raise ValueError(
-        f'data.path={config.data.path}: prepared folders are for '
-        f'task=preference; task={config.task} reads parquet files'
-      )
-    likes = config.objective.name == 'kto' and all(
-      'likes' in prepared.find_kinds(path) for path in paths
-    )
-    if config.eval.retrieval:
-      raise ValueError(
-        'eval.retrieval=True: compares with every picture in memory, which is '
-        'for parquet files; set it to False for prepared folders'
-      )
-    return datasets.open_prepared(
-      paths,
-      weights=tuple(config.data.weights),
-      holdout=config.data.holdout,
-      eval_paths=eval_paths,
-      use_cache=config.data.use_cache,
-      max_held=config.eval.num_pairs,
-      kind='likes' if likes else 'pairs',
-      label_noise=config.data.label_noise,
-      labels=_labelling(config),
-    )
-  if config.data.winner or len(config.data.consensus):
-    name = 'winner' if config.data.winner else 'consensus'
-    raise ValueError(
-      f'data.{name}={config.data[name]!r}: is for prepared folders that python '
-      f'-m dpo_jax.tools.label has scored, and data.path={config.data.path} is '
-      'none'
-    )
-  if eval_paths or len(config.data.weights):
-    name = 'eval_path' if eval_paths else 'weights'
-    raise ValueError(
-      f'data.{name}={config.data[name]}: is for prepared folders, and '
-      f'data.path={config.data.path} is none (python -m dpo_jax.tools.prepare)'
-    )
-  return datasets.read_parquet(
-    paths,
-    holdout=config.data.holdout,
-    paired=config.task == 'preference',
-    max_held=config.eval.num_pairs,
-    label_noise=config.data.label_noise,
-  )
 
 
 def _check_caches(data, opened) -> None:
@@ -335,11 +286,16 @@ def build(
   _check_eval_batch(config, sharding.batch_ways(mesh))
   if config.optim.offload:
     offload_lib.check(mesh)
-  data = _read_data(config)
-  counts, opened = data.counts, None
+  data = reading.read_data(config)
+  counts, opened, reward, tokenizer = data.counts, None, None, _NoTokenizer()
   if config.task == 'classify':
-    tokenizer = _NoTokenizer()
     task = from_config.make_classify(config, data.all_images.style_names, mesh)
+  elif config.task == 'reward':
+    opened = _open_generator(config, mesh)
+    reward = reward_runs.make_parts(
+      config, opened, networks=data.train.members.shape[1]
+    )
+    task = from_config.make_reward(config, reward, opened, mesh)
   else:
     opened = _open(config, mesh)
     _check_caches(data, opened)
@@ -385,11 +341,12 @@ def build(
     held_batches=held_batches,
     adapters=from_config.lora_settings(config),
     validation=validation,
+    reward=reward,
   )
 
 
 class _NoTokenizer:
-  """Stands in where captions are not read (task classify)."""
+  """Stands in where captions are not read (tasks classify and reward)."""
 
   def encode(self, captions):
     """One zero a caption."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from dpo_jax.data import (
   cached,
+  label_loader,
   labelling,
   loader,
   pairs,
@@ -23,7 +24,9 @@ from dpo_jax.data import label_noise as noise_lib
 from dpo_jax.data import tokenizer as tokenizer_lib
 
 Sources = tuple[record_loader.Source, ...]
-Examples = pairs.Pairs | pairs.CaptionedImages | Sources
+Examples = (
+  pairs.Pairs | pairs.CaptionedImages | Sources | label_loader.LabelExamples
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -330,6 +333,8 @@ def make_loader(
   make = loader.make_image_loader
   if isinstance(examples, pairs.Pairs):
     make = loader.make_pair_loader
+  elif isinstance(examples, label_loader.LabelExamples):
+    make = label_loader.make_label_loader
   return make(examples, tokenizer, **options)
 
 

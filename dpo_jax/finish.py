@@ -18,6 +18,7 @@ from dpo_jax import (
   drawing,
   folders,
   loading,
+  reward_results,
   selecting,
   sharding,
   trees,
@@ -47,6 +48,7 @@ def finish(job: build.Job, result: loop.Result, path: epath.Path) -> None:
     'denoise': _finish_denoise,
     'autoencode': _finish_autoencode,
     'classify': _finish_classify,
+    'reward': reward_results.finish,
   }
   digest = {
     'step': int(result.state.step),

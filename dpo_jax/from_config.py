@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from dpo_jax import limits, loading, sharding, trees, types
+from dpo_jax import limits, loading, reward_runs, sharding, trees, types
 from dpo_jax import stable_diffusion as sd_lib
 from dpo_jax import task as task_lib
 from dpo_jax.diffusion import weights
@@ -267,6 +267,16 @@ def make_classify(
     shift=config.classifier.shift,
   )
   return _over(mesh, task)
+
+
+def make_reward(
+  config: ml_collections.ConfigDict,
+  parts: reward_runs.Parts,
+  opened: loading.Opened | None,
+  mesh: jax.sharding.Mesh,
+) -> task_lib.Task:
+  """The task of a run of rewards, as make_task."""
+  return _over(mesh, reward_runs.make_task(config, parts, opened))
 
 
 def _over(mesh, task):

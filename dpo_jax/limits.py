@@ -8,17 +8,19 @@ from typing import Any
 
 import ml_collections
 
-from dpo_jax import objective_limits, scoring
+from dpo_jax import objective_limits, reward_limits, scoring
+from dpo_jax.data import labels
 from dpo_jax.diffusion import samplers, weights
 from dpo_jax.evaluate import prompts
 from dpo_jax.models import attention, unet
 from dpo_jax.objectives import registry
 from dpo_jax.tasks import inputs as inputs_lib
 from dpo_jax.tasks import moving_ref, preference, reference
+from dpo_jax.tasks import reward as reward_task
 from dpo_jax.train import optimizer as optimizer_lib
-from dpo_jax.weights import diffusers_maps, released, sources
+from dpo_jax.weights import diffusers_maps, released, rewards, sources
 
-TASKS = ('preference', 'denoise', 'autoencode', 'classify')
+TASKS = ('preference', 'denoise', 'autoencode', 'classify', 'reward')
 COMPONENTS = tuple(diffusers_maps.COMPONENTS)
 CHOICES = {
   'task': TASKS,
@@ -38,6 +40,10 @@ CHOICES = {
   'objective.name': tuple(registry.OBJECTIVES),
   'objective.ref_update': moving_ref.KINDS,
   'noise.weighting': weights.NAMES,
+  'reward.kind': reward_limits.KINDS,
+  'reward.space': rewards.SPACES,
+  'reward.loss': reward_task.LOSSES,
+  'reward.variant': labels.VARIANTS,
   'optim.name': optimizer_lib.OPTIMIZERS,
   'optim.mu_dtype': optimizer_lib.MU_DTYPES,
   'optim.schedule': optimizer_lib.SCHEDULES,
@@ -75,6 +81,16 @@ RANGES = {
   'classifier.gain': (0, math.inf),
   'classifier.blur': (0, 1),
   'classifier.shift': (0, math.inf),
+  'reward.networks': (1, 1000),
+  'reward.per_class': (0, math.inf),
+  'reward.benign_weight': (1e-9, math.inf),
+  'reward.depth': (1, math.inf),
+  'reward.num_heads': (1, math.inf),
+  'reward.norm_num_groups': (1, math.inf),
+  'reward.copies': (1, math.inf),
+  'reward.rotation': (0, 180.001),
+  'reward.crop': (0, 1),
+  'reward.colour': (0, 1),
   'optim.lr': (0, math.inf),
   'optim.warmup_steps': (0, math.inf),
   'optim.decay_steps': (0, math.inf),
@@ -134,6 +150,8 @@ def validate(config: ml_collections.ConfigDict) -> dict[str, Any]:
   problems += _check_scorer(config)
   if config.task == 'preference':
     problems += objective_limits.check(config)
+  if config.task == 'reward':
+    problems += reward_limits.check(config)
   if config.train.checkpoint_every % config.train.log_every:
     problems.append(
       f'train.checkpoint_every={config.train.checkpoint_every}: must be a '
@@ -243,8 +261,14 @@ def _check_sources(config) -> list[str]:
   if not config.data.path:
     problems.append(
       'data.path is empty: name parquet files of pairs or a prepared folder'
+      if config.task != 'reward'
+      else 'data.path is empty: name the labels, a folder that python -m '
+      'dpo_jax.tools.judge --export wrote'
     )
-  if config.task != 'classify':
+  # Of task reward reward_limits says whether it needs a model.
+  if config.task != 'classify' and (
+    config.model.folder or config.task != 'reward'
+  ):
     if not config.model.folder:
       problems.append(
         'model.folder is empty: name a Stable Diffusion model (a diffusers '

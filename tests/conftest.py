@@ -30,9 +30,11 @@ import shutil
 import zlib
 
 import jax
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from absl import flags
+from PIL import Image
 
 from dpo_jax.weights import diffusers_maps, pipeline
 
@@ -261,6 +263,28 @@ def tiny_pairs(tmp_path_factory) -> pathlib.Path:
   table = pq.read_table(EMOJI / 'pairs.parquet').slice(0, 48)
   pq.write_table(table, path, row_group_size=16)
   return path
+
+
+@pytest.fixture
+def make_labels(tmp_path):
+  """Writes a folder of the likes page: malign pictures have a white square."""
+
+  def make(name='labels', *, benign=8, malign=5, seed=0, **line):
+    folder, rng = tmp_path / name, np.random.default_rng(seed)
+    (folder / 'pictures').mkdir(parents=True)
+    lines = []
+    for i in range(benign + malign):
+      pixels = rng.integers(0, 80, (8, 8, 3), np.uint8)
+      if i < malign:
+        pixels[2:6, 2:6] = 255
+      image = f'pictures/{i:06d}_0.png'
+      Image.fromarray(pixels).save(folder / image)
+      made = {'caption': f'no {i}', 'image': image, 'liked': i >= malign}
+      lines.append(json.dumps(made | line))
+    (folder / 'likes.jsonl').write_text('\n'.join(lines) + '\n')
+    return folder
+
+  return make
 
 
 @pytest.fixture

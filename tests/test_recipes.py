@@ -4,7 +4,16 @@ import importlib
 
 import pytest
 
-from configs import common, emoji_sweep, methods, mnist, quickstart, sd15, sdxl
+from configs import (
+  common,
+  emoji_sweep,
+  methods,
+  mnist,
+  quickstart,
+  reward,
+  sd15,
+  sdxl,
+)
 from dpo_jax import limits
 from dpo_jax.objectives import linear, registry
 
@@ -15,6 +24,7 @@ VARIANTS = {
   'emoji_rounds': ('dpo', 'sft'),
   'mnist': mnist.VARIANTS,
   'quickstart': ('dpo', 'sft'),
+  'reward': reward.VARIANTS,
   'sd15': sd15.VARIANTS,
   'sd21': sd15.VARIANTS,
   'sdxl': sdxl.VARIANTS,

@@ -172,7 +172,7 @@ def _make_loader(
   """
   count = len(examples)
   rows_of = local_rows(count, batch_size, process_index, process_count)
-  store = _PictureStore(columns, resolution)
+  store = PictureStore(columns, resolution)
   workers = threads.Threads()
 
   def load_example(row: int, epoch: int, out: np.ndarray) -> np.ndarray:
@@ -279,7 +279,7 @@ def _shuffle_seed(seed: int, stream: int) -> int:
   return int.from_bytes(digest, 'big')
 
 
-class _PictureStore:
+class PictureStore:
   """Decodes and resizes pictures; keeps them while they fit in the cache."""
 
   def __init__(self, columns: Sequence[Sequence[bytes]], resolution: int):

@@ -38,25 +38,62 @@ class Inputs:
     self, frozen: types.PyTree, batch: dict[str, jax.Array], key: types.Key
   ) -> tuple[Float[Array, 'b h w c'], types.Timesteps]:
     """(x, t): of `images` uint8 [b H W 3], draws by `id` [b] and `epoch`."""
+    t = jnp.zeros(len(batch['images']), jnp.int32)
+    if self.noised:
+      draws = _draws(key, batch)['t']
+      t = keys_lib.randint(draws, 0, self.model.schedule.num_steps)
+    return self.make_at(frozen, batch, key, t), t
+
+  def make_at(
+    self,
+    frozen: types.PyTree,
+    batch: dict[str, jax.Array],
+    key: types.Key,
+    t: types.Timesteps,
+  ) -> Float[Array, 'b h w c']:
+    """As `make`, at given timesteps [b]; they are not looked at for x_0."""
     images = sd_lib.to_float(batch['images'])
-    t = jnp.zeros(len(images), jnp.int32)
     if self.model is None:
-      return images, t
-    draws = {
-      name: keys_lib.per_example(named, batch['id'], batch['epoch'])
-      for name, named in keys_lib.by_name(key, DRAWS).items()
-    }
+      return images
+    draws = _draws(key, batch)
     shape = self.model.latent_shape(images.shape[1:3])
     x_0 = self.model.encode_images(
       frozen['vae'], images, keys_lib.normal(draws['posterior'], shape)
     )
     if not self.noised:
-      return x_0, t
-    t = keys_lib.randint(draws['t'], 0, self.model.schedule.num_steps)
+      return x_0
     alpha_t, sigma_t = (
       value[:, None, None, None] for value in self.model.schedule.alpha_sigma(t)
     )
-    return alpha_t * x_0 + sigma_t * keys_lib.normal(draws['eps'], shape), t
+    return alpha_t * x_0 + sigma_t * keys_lib.normal(draws['eps'], shape)
+
+
+def _draws(key, batch):
+  return {
+    name: keys_lib.per_example(named, batch['id'], batch['epoch'])
+    for name, named in keys_lib.by_name(key, DRAWS).items()
+  }
+
+
+def make_scorer(
+  *, module: reward_lib.Reward, members: int, inputs: Inputs
+) -> task_lib.LossFn:
+  """A LossFn of nothing whose metrics are the logits [b] at timesteps `t` [b].
+
+  `t` is of the batch. They have the names of the networks, '000' and so on;
+  `row` [b] of the batch is given back too. Params are those of make_task.
+  """
+
+  def score(params, frozen, batch, key):
+    t = batch['t']
+    x = inputs.make_at(frozen, batch, key, t)
+    logits = {
+      f'{k:03d}': module.apply({'params': params['reward'][f'{k:03d}']}, x, t)
+      for k in range(members)
+    }
+    return jnp.zeros(len(x)), logits | {'row': batch['row']}
+
+  return score
 
 
 def make_task(

@@ -84,6 +84,7 @@ REFUSED = {
   'denoise': 'another loss',
   'vae': 'another loss',
   'classifier': 'another network, or other draws of its augmentation',
+  'reward': 'other labels or copies of them, other networks, or another loss',
   'optim': 'other updates, or a state of another form',
   'train.num_steps': 'the schedule of the rate ends there, and so does the run',
   'train.batch_size': 'other batches',

@@ -53,6 +53,28 @@ def test_wilson_by_hand():
   assert everything['high'] == 1.0 and 0.8 < everything['low'] < 0.9
 
 
+def test_area_by_hand():
+  """DeLong et al., 1988, for 3 good and 2 bad scores, worked out by hand.
+
+  Placements: of the good 1, 1/2, 1/4 (a tie is one half), of the bad 5/6, 1/3.
+  """
+  found = stats.area([4.0, 2.0, 1.0], [1.0, 3.0])
+  assert found['value'] == pytest.approx((1 + 0.5 + 0.25) / 3)
+  assert (found['n'], found['m']) == (3, 2)
+  good = np.var([1, 0.5, 0.25], ddof=1) / 3
+  bad = np.var([2.5 / 3, 1 / 3], ddof=1) / 2
+  room = 1.959963984540054 * np.sqrt(good + bad)
+  assert found['low'] == pytest.approx(max(0, found['value'] - room))
+  assert found['high'] == pytest.approx(min(1, found['value'] + room))
+  # Nothing overlaps: as much as the smaller class can say.
+  apart = stats.area([2.0] * 30, [1.0] * 20)
+  assert apart['value'] == apart['high'] == 1 and 0.8 < apart['low'] < 0.9
+  one = stats.area([2.0], [1.0, 3.0])
+  assert (one['low'], one['high']) == (0.0, 1.0)
+  with pytest.raises(ValueError, match='bad'):
+    stats.area([1.0], [])
+
+
 @pytest.mark.parametrize('n', [100, 300])
 @pytest.mark.parametrize('probabilities', [(0.6, 0.3, 0.1), (0.8, 0.15, 0.05)])
 def test_intervals_cover_simulated_votes(n, probabilities):
