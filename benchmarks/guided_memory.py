@@ -42,7 +42,7 @@ SCALE = 1.0
 TEXT_SCALE = 7.5
 LATENTS = reward.RewardConfig('clean', 4, widths=(64, 128, 256))
 TIME = reward.RewardConfig('time', 4, widths=(64, 128, 256))
-# At the side of a picture: as a residual network begins, at a quarter of it.
+# Of whole pictures, eight times the side of latents: narrower.
 PIXELS = reward.RewardConfig('clean', 3, widths=(16, 32, 64, 128))
 WAYS = (
   'plain',

@@ -52,8 +52,9 @@ class Settings:
 def choose_driver(mesh: jax.sharding.Mesh) -> str:
   """What calls guided steps on a mesh's devices; one of DRIVERS.
 
-  XLA's CPU compiler runs gradients inside of a loop on few of its threads, so
-  there the steps are called from Python; see benchmarks.guided_memory.
+  On XLA:CPU gradients inside of a loop were seen slower than the same step
+  called from Python, so there it is Python's loop; measure by
+  benchmarks.guided_memory.
   """
   platform = mesh.devices.flat[0].platform
   return 'python' if platform == 'cpu' else 'scan'
