@@ -110,10 +110,9 @@ def make_sample_fn(
   def sample_fn(params, batch):
     state = begin(params, batch)
     for part in parts:
-      conditions = part.encode(params, batch)
       state = samplers.sample(
         part.plan,
-        part.denoise_fn(params, conditions),
+        part.denoise_fn(params, part.encode(params, batch)),
         state,
         **part.noises(batch['keys']),
       )
