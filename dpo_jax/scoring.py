@@ -16,7 +16,7 @@ from dpo_jax.data import clip_texts
 from dpo_jax.data import images as images_lib
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.evaluate import clip_pixels, implicit, scorers
-from dpo_jax.models import blip, classifier, clip_pair
+from dpo_jax.models import blip, classifier, clip_pair, reward
 from dpo_jax.weights import (
   blip_files,
   classifiers,
@@ -24,6 +24,7 @@ from dpo_jax.weights import (
   diffusers_maps,
   json_files,
   mapping,
+  rewards,
   safetensors_io,
 )
 
@@ -33,7 +34,13 @@ HEAD = 'aesthetic.safetensors'
 # Of noise and timestep for each picture's implicit reward.
 IMPLICIT_DRAWS = 8
 # Judges that read no texts, or have a tokenizer of their own.
-WITHOUT_TOKENIZER = ('aesthetic', 'classifier', 'imagereward', 'implicit')
+WITHOUT_TOKENIZER = (
+  'aesthetic',
+  'classifier',
+  'imagereward',
+  'implicit',
+  'reward',
+)
 # Judges of FOLDER:PART.
 IN_PARTS = ('classifier', 'implicit')
 HEAD_RULES = mapping.Rules(indexed=('layers',))
@@ -72,8 +79,8 @@ def open_scorer(
   model.safetensors and BERT's vocab.txt; of `classifier` it is FOLDER:CLASS,
   the export of task classify and the class that should win; of `implicit`
   BASE:WEIGHTS, a model and what loading.load_weights takes (a run of
-  dpo_jax.main). tokenizer: folder of CLIP's vocab.json and merges.txt, where
-  that is not the scorer's own.
+  dpo_jax.main); of `reward` what weights.rewards writes. tokenizer: folder of
+  CLIP's vocab.json and merges.txt, where that is not the scorer's own.
   dtype: of parameters and compute; 'auto' is float32 on a CPU and bfloat16
   elsewhere. batch_size: captions at once, 0 for 8 a device.
 
@@ -95,6 +102,8 @@ def open_scorer(
     networks = _open_classifier(folder)
   elif name == 'implicit':
     networks = _open_implicit(folder, mesh=mesh, dtype=dtype)
+  elif name == 'reward':
+    networks = _open_reward(folder, mesh=mesh)
   elif name == 'imagereward':
     networks = _open_imagereward(folder, dtype=dtype)
   else:
@@ -214,6 +223,38 @@ def _open_implicit(
     preprocess=functools.partial(_to_square, side=size[0]),
     encode=lambda captions: opened.tokenizers.encode(captions)[0],
     dtype=dtype,
+  )
+
+
+def _open_reward(folder: str, *, mesh: jax.sharding.Mesh) -> _Networks:
+  """At t = 0, of pixels or of its generator's latents; always in float32."""
+  loaded = rewards.load(folder)
+  source, (height, side) = loaded.record['model'], loaded.record['size']
+  if loaded.config.kind == 'features' or height != side:
+    raise ValueError(
+      f'reward={folder}: reads {loaded.config.kind} of {height}x{side}; judges '
+      'are of kind time or clean, and of squares'
+    )
+  params, model = {'reward': list(loaded.members)}, None
+  if source is not None:
+    opened = loading.open_model(**source, mesh=mesh, dtype='float32')
+    params['vae'], model = opened.params['vae'], opened.model
+    side *= model.downscale
+
+  def log_reward_fn(params, x):
+    if model is not None:
+      mean, _ = model.encode_posterior(params['vae'], x)
+      x = model.scaling_factor * mean
+    module = reward.Reward(loaded.config)
+    made = reward.make_log_reward_fn(module, params['reward'])
+    return made(x, jnp.zeros(len(x), jnp.int32))
+
+  return _Networks(
+    compute=scorers.reward_compute(log_reward_fn),
+    params=params,
+    preprocess=functools.partial(_to_square, side=side),
+    encode=None,
+    dtype='float32',
   )
 
 

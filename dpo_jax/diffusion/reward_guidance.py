@@ -71,11 +71,14 @@ def guide(
   """The denoiser whose outputs lean towards the reward.
 
   It is made for the steps of `plan` and asked at no other timesteps. With
-  scale 0 and no backward steps it is `denoise_fn` itself.
+  scale 0 and no backward steps it is `denoise_fn` itself. Where alpha_t is 0
+  (a flow's first step, zero terminal SNR) x_t holds no x_0 that could lean,
+  and the output stays as it is.
   """
   if not settings.scale and not settings.backward_steps:
     return denoise_fn
   kind = plan.prediction_type
+  begins_blind = bool(np.any(plan.rows.alpha == 0.0))
 
   def denoise(x_t, t):
     alpha, sigma, factor = _at(plan, t)
@@ -102,7 +105,8 @@ def guide(
       x_0 = predict.to_x_0(eps, *at, prediction_type='epsilon')
       x_0 = raise_reward(x_0, log_reward_fn, settings)
       eps = (x_t - alpha * x_0) / sigma
-    return predict.from_eps(eps, *at, prediction_type=kind)
+    made = predict.from_eps(eps, *at, prediction_type=kind)
+    return jnp.where(alpha > 0.0, made, output) if begins_blind else made
 
   return denoise
 

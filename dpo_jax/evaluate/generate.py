@@ -3,21 +3,26 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, UInt8, UInt32
+from jaxtyping import UInt8, UInt32
 
 from dpo_jax import keys as keys_lib
 from dpo_jax import sharding, types
 from dpo_jax import stable_diffusion as sd_lib
-from dpo_jax.diffusion import samplers
+from dpo_jax.diffusion import reward_guidance, samplers
+from dpo_jax.evaluate import censor as censor_lib
 
+DRIVERS = ('scan', 'python')
 # What a picture's key is folded with for the draw of the VAE's posterior;
-# step i of the sampler folds i + 1.
+# step i of the sampler folds i + 1. Recurrence folds the next constant and then
+# the number of its round.
 POSTERIOR_FOLD = 2**31 - 1
+RENOISE_FOLD = 2**31 - 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +49,33 @@ class Settings:
   refiner_start: float = 0.8
 
 
+def choose_driver(mesh: jax.sharding.Mesh) -> str:
+  """What calls guided steps on a mesh's devices; one of DRIVERS.
+
+  On XLA:CPU gradients inside of a loop were seen slower than the same step
+  called from Python, so there it is Python's loop; measure by
+  benchmarks.guided_memory.
+  """
+  platform = mesh.devices.flat[0].platform
+  return 'python' if platform == 'cpu' else 'scan'
+
+
 def make_sample_fn(
   model: sd_lib.StableDiffusion,
   settings: Settings,
   *,
   refiner: sd_lib.StableDiffusion | None = None,
-) -> Callable[..., UInt8[Array, 'n H W 3']]:
-  """Jitted (params, batch) -> uint8 images.
+  censor: censor_lib.Censor | None = None,
+  driver: str = 'scan',
+) -> Callable[..., Any]:
+  """Jitted (params, batch) -> uint8 images [n H W 3].
+
+  With a `censor` it is -> {'images', 'log_reward' [n]}, and the sampler is
+  guided if it steers. driver: of guided steps, see choose_driver; others are
+  always a scan. The steps' loop is never differentiated.
 
   params: 'unet', 'vae' and the text encoders, and with a refiner 'refiner',
-  a dict of the same kind. batch:
+  a dict of the same kind; of a censor 'reward'. batch:
     input_ids, uncond_ids: [n k s] prompts and what they are guided away from.
       Without uncond_ids the model's own empty conditioning is used, if that
       is zeros (SDXL base).
@@ -63,46 +85,139 @@ def make_sample_fn(
     noise: [n h w c], optional: the start noise instead of the keys' own.
     images: uint8 [n H W 3], where strength is below 1 (SDEdit, Meng et al.,
       2022).
+
+  Raises ValueError for another driver.
   """
+  if driver not in DRIVERS:
+    raise ValueError(f'driver={driver!r}: must be one of {", ".join(DRIVERS)}')
+  part = functools.partial(_Part, settings=settings, censor=censor)
   plan = _make_plan(
     model,
     settings,
     strength=settings.strength,
     end=1.0 if refiner is None else settings.refiner_start,
   )
-  second = None
+  parts = [part(model, plan)]
   if refiner is not None:
-    second = _make_plan(refiner, settings, start=settings.refiner_start)
-  shape = model.latent_shape(settings.size)
+    plan = _make_plan(refiner, settings, start=settings.refiner_start)
+    parts.append(part(refiner, plan, prefix='refiner_'))
+  begin = functools.partial(_begin, parts[0])
+  finish = functools.partial(_finish, parts[0])
+  if driver == 'python' and censor is not None and censor.steers:
+    return _from_python(parts, begin, finish)
 
   @jax.jit
   def sample_fn(params, batch):
-    def noise_fn(i):
-      fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-      return keys_lib.normal(fold(batch['keys'], i + 1), shape)
-
-    noise = batch.get('noise')
-    if noise is None:
-      noise = keys_lib.normal(batch['keys'], shape)
-    if 'images' in batch:
-      state = plan.from_image(_encode(model, params, batch), noise)
-    else:
-      state = plan.from_noise(noise)
-    denoise_fn = _denoise_fn(model, params, batch, settings)
-    state = samplers.sample(plan, denoise_fn, state, noise_fn=noise_fn)
-    if refiner is not None:
-      names = {'input_ids': 'refiner_input_ids'}
-      names['uncond_ids'] = 'refiner_uncond_ids'
-      denoise_fn = _denoise_fn(
-        refiner,
-        params['refiner'],
-        {name: batch[key] for name, key in names.items() if key in batch},
-        settings,
+    state = begin(params, batch)
+    for part in parts:
+      state = samplers.sample(
+        part.plan,
+        part.denoise_fn(params, part.encode(params, batch)),
+        state,
+        **part.noises(batch['keys']),
       )
-      state = samplers.sample(second, denoise_fn, state, noise_fn=noise_fn)
-    return sd_lib.to_uint8(model.decode_latents(params['vae'], state))
+    return finish(params, state)
 
   return sample_fn
+
+
+def _from_python(parts, begin, finish):
+  """The same function as several programs, of which one is a step."""
+  begin, finish = jax.jit(begin), jax.jit(finish)
+  encoders = [jax.jit(part.encode) for part in parts]
+  steps = [jax.jit(part.step) for part in parts]
+
+  def sample_fn(params, batch):
+    state = begin(params, batch)
+    for part, encode, step in zip(parts, encoders, steps, strict=True):
+      conditions = encode(params, batch)
+      carry, places = samplers.start(state), samplers.places(part.plan)
+      for i in range(part.plan.num_steps):
+        place = jax.tree.map(lambda column, i=i: column[i], places)
+        carry = step(params, conditions, batch['keys'], carry, place)
+      state = carry.state
+    return finish(params, state)
+
+  return sample_fn
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Part:
+  """A model and the steps it makes; the refiner's are a second one."""
+
+  model: sd_lib.StableDiffusion
+  plan: samplers.Plan
+  settings: Settings
+  censor: censor_lib.Censor | None
+  prefix: str = ''
+
+  def own(self, params):
+    return params['refiner'] if self.prefix else params
+
+  def encode(self, params, batch):
+    """The conditions of the two branches of guidance by text."""
+    names = ('input_ids', 'uncond_ids')
+    ids = {name: batch.get(f'{self.prefix}{name}') for name in names}
+    return _encode_text(self.model, self.own(params), ids, self.settings)
+
+  def denoise_fn(self, params, conditions):
+    model, censor, settings = self.model, self.censor, self.settings
+    if censor is not None:
+      model = censor.prepare(model)
+    denoise_fn = model.make_denoise_fn(
+      self.own(params)['unet'],
+      *conditions,
+      guidance_scale=settings.guidance_scale,
+      guidance_rescale=settings.guidance_rescale,
+    )
+    if censor is None:
+      return denoise_fn
+    log_reward_fn = censor.make_log_reward_fn(model, params)
+    return reward_guidance.guide(
+      denoise_fn, log_reward_fn, self.plan, censor.guidance
+    )
+
+  def noises(self, keys):
+    """What samplers.make_step draws: a picture's own, whatever its batch."""
+    shape = self.model.latent_shape(self.settings.size)
+    fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+
+    def noise_fn(i):
+      return keys_lib.normal(fold(keys, i + 1), shape)
+
+    def renoise_fn(i):
+      return keys_lib.normal(fold(fold(keys, RENOISE_FOLD), i), shape)
+
+    recurrence = 1 if self.censor is None else self.censor.recurrence
+    return {
+      'noise_fn': noise_fn,
+      'recurrence': recurrence,
+      'renoise_fn': renoise_fn,
+    }
+
+  def step(self, params, conditions, keys, carry, place):
+    """One step, as a program of its own."""
+    denoise_fn = self.denoise_fn(params, conditions)
+    made = samplers.make_step(self.plan, denoise_fn, **self.noises(keys))
+    return made(carry, place)
+
+
+def _begin(part, params, batch):
+  noise, plan = batch.get('noise'), part.plan
+  if noise is None:
+    shape = part.model.latent_shape(part.settings.size)
+    noise = keys_lib.normal(batch['keys'], shape)
+  if 'images' in batch:
+    return plan.from_image(_encode(part.model, params, batch), noise)
+  return plan.from_noise(noise)
+
+
+def _finish(part, params, state):
+  images = sd_lib.to_uint8(part.model.decode_latents(params['vae'], state))
+  if part.censor is None:
+    return images
+  score = part.censor.score(part.model, params, state, images)
+  return {'images': images, 'log_reward': score}
 
 
 def _make_plan(model, settings, **part):
@@ -124,24 +239,22 @@ def _encode(model, params, batch):
   return model.encode_images(params['vae'], images, noise)
 
 
-def _denoise_fn(model, params, batch, settings):
-  cond = model.encode_text(params, batch['input_ids'])
-  if 'uncond_ids' in batch:
-    uncond = model.encode_text(params, batch['uncond_ids'])
+def _encode_text(model, params, ids, settings):
+  """(cond, uncond) of ids' `input_ids` and `uncond_ids`, which may be None."""
+  cond = model.encode_text(params, ids['input_ids'])
+  if ids['uncond_ids'] is not None:
+    uncond = model.encode_text(params, ids['uncond_ids'])
   elif model.zero_uncond:
     uncond = jax.tree.map(jnp.zeros_like, cond)
   else:
     raise ValueError('uncond_ids are needed: this model has no zero prompt')
-  sizes = sd_lib.constant_sizes(len(batch['input_ids']), settings.size)
+  sizes = sd_lib.constant_sizes(len(ids['input_ids']), settings.size)
   add = functools.partial(
     model.add_micro_cond, sizes=sizes, target=settings.size
   )
-  return model.make_denoise_fn(
-    params['unet'],
+  return (
     add(cond),
     add(uncond, aesthetic_score=sd_lib.NEGATIVE_AESTHETIC_SCORE),
-    guidance_scale=settings.guidance_scale,
-    guidance_rescale=settings.guidance_rescale,
   )
 
 
@@ -179,9 +292,10 @@ def generate_batches(
   seed: int,
   batch_size: int,
   mesh: jax.sharding.Mesh,
-) -> Iterator[tuple[slice, UInt8[np.ndarray, 'm H W 3']]]:
+) -> Iterator[tuple[slice, Any]]:
   """(rows, their images), batch by batch; the last one is padded and cut.
 
+  Images are uint8 [m H W 3], or the tree that sample_fn returns, cut alike.
   inputs: arrays [n ...] of make_sample_fn's batch, keys aside. seeds: one
   number a picture, folded into the run's `seed`.
   """
@@ -198,16 +312,21 @@ def generate_batches(
     batch = sharding.put_batch(batch, mesh)
     numbers, places = batch.pop('seed'), batch.pop('place')
     batch['keys'] = jax.vmap(lambda k: jax.random.fold_in(base, k))(numbers)
-    images = sample_fn(params, batch)
+    made = sample_fn(params, batch)
+    order = slice(None)
     if jax.process_count() > 1:
       # A mesh may have its devices in another order than the processes.
-      images, places = multihost_utils.process_allgather(
-        (images, places), tiled=True
+      made, places = multihost_utils.process_allgather(
+        (made, places), tiled=True
       )
-      images = images[np.argsort(places)]
-    images = np.asarray(images)
+      order = np.argsort(places)
     stop = min(n, start + batch_size)
-    yield slice(start, stop), images[: stop - start]
+    yield slice(start, stop), _take(made, order, stop - start)
+
+
+def _take(made, order, count: int):
+  """The first `count` rows of every leaf, once they are in order."""
+  return jax.tree.map(lambda leaf: np.asarray(leaf)[order][:count], made)
 
 
 def generate(

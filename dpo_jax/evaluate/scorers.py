@@ -11,6 +11,7 @@ A score is a number a picture, larger is better, comparable within a prompt.
 | imagereward | a head on BLIP, mean 0 and spread 1 | BLIP ViT-L/16 |
 | classifier | log odds of one class of a classifier of task `classify` | |
 | implicit | err(ref) - err(policy): a trained model's own reward | |
+| reward | log r of a reward that censors, 0 at most | |
 
 Kirstain et al. 2023, section 4; Wu et al. 2023, section 4; Hessel et al. 2021,
 eq. 1 without its cut at 0, which would make ties; Schuhmann 2022; Xu et al.
@@ -40,6 +41,7 @@ NAMES = (
   'imagereward',
   'classifier',
   'implicit',
+  'reward',
 )
 # Threads that scale pictures while the device computes.
 THREADS = 2
@@ -102,6 +104,18 @@ def classifier_compute(model: nn.Module, index: int) -> ComputeFn:
     others = jnp.delete(logits, index, axis=-1)
     odds = logits[:, index] - jax.nn.logsumexp(others, axis=-1)
     return odds.reshape(n, k)
+
+  return compute
+
+
+def reward_compute(log_reward_fn: Callable) -> ComputeFn:
+  """Of (params, pixels [n h w 3]) -> log r [n]; texts are not looked at."""
+
+  def compute(params, pixels, input_ids):
+    del input_ids
+    n, k = pixels.shape[:2]
+    flat = pixels.reshape(n * k, *pixels.shape[2:])
+    return log_reward_fn(params, flat).reshape(n, k)
 
   return compute
 

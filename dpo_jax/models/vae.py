@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from dpo_jax import types
-from dpo_jax.models import attention, layers, options
+from dpo_jax.models import attention, layers, options, transformer
 
 EPS = 1e-6
 DOWN_TYPE, UP_TYPE = 'DownEncoderBlock2D', 'UpDecoderBlock2D'
@@ -77,15 +77,18 @@ class AutoencoderKL(nn.Module):
   """Convolutional autoencoder with a Gaussian posterior per latent value.
 
   Inputs and outputs are float32; latents are not times the scaling factor.
+  `remat`, one of transformer.REMAT, is the decoder's: what it computes again
+  in its backward pass, of each residual block and of the middle's attention.
   """
 
   config: VAEConfig
   dtype: types.DTypeLike = jnp.float32
+  remat: str = 'none'
 
   def setup(self):
     config, dtype = self.config, self.dtype
     self.encoder = Encoder(config, dtype)
-    self.decoder = Decoder(config, dtype)
+    self.decoder = Decoder(config, dtype, self.remat)
     if config.use_quant_conv:
       width = 2 * config.latent_channels
       self.quant_conv = layers.Conv(width, (1, 1), dtype=dtype)
@@ -145,16 +148,19 @@ class Decoder(nn.Module):
 
   config: VAEConfig
   dtype: types.DTypeLike
+  remat: str
 
   @nn.compact
   def __call__(self, x):
-    config, dtype = self.config, self.dtype
+    config, dtype, remat = self.config, self.dtype, self.remat
     channels = config.block_out_channels[::-1]
     x = layers.conv(channels[0], dtype=dtype, name='conv_in')(x)
-    x = MidBlock(config, dtype, name='mid_block')(x)
+    x = MidBlock(config, dtype, remat, name='mid_block')(x)
     for i, width in enumerate(channels):
       is_last = i == len(channels) - 1
-      x = UpBlock(config, width, not is_last, dtype, name=f'up_blocks_{i}')(x)
+      x = UpBlock(
+        config, width, not is_last, dtype, remat, name=f'up_blocks_{i}'
+      )(x)
     return _head(x, config.out_channels, config, dtype)
 
 
@@ -192,11 +198,14 @@ class UpBlock(nn.Module):
   features: int
   upsample: bool
   dtype: types.DTypeLike
+  remat: str
 
   @nn.compact
   def __call__(self, x):
     for i in range(self.config.layers_per_block + 1):
-      x = _resnet(self.features, self.config, self.dtype, f'resnets_{i}')(x)
+      x = _resnet(
+        self.features, self.config, self.dtype, f'resnets_{i}', self.remat
+      )(x)
     if self.upsample:
       x = layers.Upsample2D(
         self.features, dtype=self.dtype, name='upsamplers_0'
@@ -209,14 +218,15 @@ class MidBlock(nn.Module):
 
   config: VAEConfig
   dtype: types.DTypeLike
+  remat: str = 'none'
 
   @nn.compact
   def __call__(self, x):
-    config, dtype = self.config, self.dtype
+    config, dtype, remat = self.config, self.dtype, self.remat
     n, h, w, c = x.shape
-    x = _resnet(c, config, dtype, 'resnets_0')(x)
+    x = _resnet(c, config, dtype, 'resnets_0', remat)(x)
     if config.mid_block_add_attention:
-      x = x + attention.Attention(
+      x = x + transformer.rematted(attention.Attention, remat)(
         heads=1,
         qkv_bias=True,
         norm_groups=config.norm_num_groups,
@@ -224,10 +234,10 @@ class MidBlock(nn.Module):
         dtype=dtype,
         name='attentions_0',
       )(x.reshape(n, h * w, c)).reshape(n, h, w, c)
-    return _resnet(c, config, dtype, 'resnets_1')(x)
+    return _resnet(c, config, dtype, 'resnets_1', remat)(x)
 
 
-def _resnet(features, config, dtype, name):
-  return layers.ResnetBlock2D(
+def _resnet(features, config, dtype, name, remat='none'):
+  return transformer.rematted(layers.ResnetBlock2D, remat)(
     features, config.norm_num_groups, EPS, dtype=dtype, name=name
   )

@@ -2,7 +2,8 @@
 
   python -m dpo_jax.tools.generate --model=MODEL --prompts=prompts.txt \\
     --out=pictures [--weights=runs/sd15] [--sampler=dpmpp_2m --steps=25] \\
-    [--lora=style.safetensors --lora_scale=0.8]
+    [--lora=style.safetensors --lora_scale=0.8] \\
+    [--reward=FOLDER --reward_scale=2 --recurrence=4 | --reject=0.1]
 
 MODEL is a diffusers folder, a gs:// path, a hub id or a single file. Pictures
 are named by the prompt's id; manifest.jsonl says how each was made and its
@@ -11,9 +12,13 @@ and verified are kept. A picture's noise follows from --seed, the prompt's id
 and its number alone, so that two models can be compared picture by picture.
 An unconditional model (DDPMPipeline, DDIMPipeline) ignores the prompts, whose
 ids name the pictures all the same.
+
+A reward (a run of task reward, exported) guides sampling away from what is
+malign, or with --reject has such pictures drawn again: docs/censoring.md.
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
 import zlib
@@ -31,7 +36,7 @@ from dpo_jax.diffusion import samplers
 from dpo_jax.evaluate import generate, grid, manifest
 from dpo_jax.evaluate import prompts as prompts_lib
 from dpo_jax.models import lora
-from dpo_jax.tools import arguments
+from dpo_jax.tools import arguments, censoring
 from dpo_jax.train import progress
 from dpo_jax.weights import lora_files
 
@@ -75,7 +80,10 @@ def _parse(argv: Sequence[str]):
   add('--refiner', help='SDXL refiner')
   add('--refiner_start', type=number(float, low=0, high=1), default=0.8)
   add('--dtype', default='auto', choices=('auto', 'float32', 'bfloat16'))
-  return parser.parse(argv)
+  censoring.add_flags(add)
+  values = parser.parse(argv)
+  censoring.check_flags(values)
+  return values
 
 
 def main(argv: Sequence[str]) -> None:
@@ -94,46 +102,80 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError('--lora_scale: is for adapters; give --lora too')
   refiner = _open(values, values.refiner, mesh) if values.refiner else None
   settings = _settings(values, opened)
+  reward = None
+  if values.reward:
+    reward = censoring.open_reward(values, opened, settings, mesh)
+    params['reward'] = reward.members
   if not opened.model.text_encoders:
     _check_unconditional(values)
   entries = _entries(prompts, values)
   inputs = _inputs(values, opened, refiner, prompts, entries, settings)
-  sample_fn = generate.make_sample_fn(
-    opened.model, settings, refiner=refiner and refiner.model
-  )
   if refiner:
     params['refiner'] = {
       name: tree for name, tree in refiner.params.items() if name != 'vae'
     }
+  generate_batches = functools.partial(
+    generate.generate_batches,
+    generate.make_sample_fn(
+      opened.model,
+      settings,
+      refiner=refiner and refiner.model,
+      censor=reward and reward.censor,
+      driver=generate.choose_driver(mesh),
+    ),
+    params,
+    seed=values.seed,
+    batch_size=batch_size,
+    mesh=mesh,
+  )
   record = _record(values, opened, refiner, params, settings)
-  main_process = jax.process_index() == 0
+  if reward:
+    record['reward'] = reward.record
+  _fill(values, entries, inputs, record, generate_batches, batch_size)
+
+
+def _fill(values, entries, inputs, record, generate_batches, batch_size):
+  """Makes what is missing in the folder."""
   # One process owns the folder and tells the others what is to be done.
-  missing = np.ones(len(entries), bool)
-  if main_process:
+  pictures, missing = None, np.ones(len(entries), bool)
+  if jax.process_index() == 0:
     pictures = manifest.Pictures(values.out, record)
     missing[:] = [not pictures.is_done(entry) for entry in entries]
   if jax.process_count() > 1:
     missing = multihost_utils.broadcast_one_to_all(missing)
+  if not missing.all():
+    there = len(entries) - int(missing.sum())
+    print(f'{there} pictures are there', file=sys.stderr)
+
+  def batches(rows, numbers):
+    chosen = {name: array[rows] for name, array in inputs.items()}
+    return generate_batches(chosen, numbers)
+
+  rest = []
+  if values.reject is None:
+    _add_missing(batches, entries, missing, pictures)
+  elif missing.any():
+    rest = censoring.keep_accepted(
+      batches, entries, missing, pictures, values=values, batch_size=batch_size
+    )
+  if pictures is not None:
+    left_out = {entry['file'] for entry in rest}
+    made = [entry for entry in entries if entry['file'] not in left_out]
+    pictures.close([entry['file'] for entry in made])
+    if made:
+      _contact_sheet(pictures.path, made)
+    print(f'{len(made)} pictures in {values.out}', file=sys.stderr)
+  censoring.refuse_rest(rest, values)
+
+
+def _add_missing(batches, entries, missing, pictures) -> None:
   todo = np.flatnonzero(missing)
-  if len(todo) < len(entries):
-    print(f'{len(entries) - len(todo)} pictures are there', file=sys.stderr)
+  seeds = np.array([entries[i]['seed'] for i in todo], np.uint32)
   with progress.Progress(0, len(todo), label='pictures') as bar:
-    for rows, images in generate.generate_batches(
-      sample_fn,
-      params,
-      {name: array[todo] for name, array in inputs.items()},
-      np.array([entries[i]['seed'] for i in todo], np.uint32),
-      seed=values.seed,
-      batch_size=batch_size,
-      mesh=mesh,
-    ):
-      if main_process:
-        pictures.add([entries[i] for i in todo[rows]], images)
+    for rows, made in batches(todo, seeds):
+      if pictures is not None:
+        censoring.add_images(pictures, [entries[i] for i in todo[rows]], made)
       bar.update(rows.stop, {})
-  if main_process:
-    pictures.close([entry['file'] for entry in entries])
-    _contact_sheet(pictures.path, entries)
-    print(f'{len(entries)} pictures in {values.out}', file=sys.stderr)
 
 
 def _open(values, name: str, mesh) -> loading.Opened:

@@ -270,3 +270,22 @@ def test_impossible_recurrence_is_refused():
   )
   with pytest.raises(ValueError, match='not possible with a rectified flow'):
     samplers.make_step(flow, denoise, recurrence=2, renoise_fn=denoise)
+
+
+def test_nothing_leans_where_there_is_only_noise():
+  """A flow begins at alpha 0, where eps says nothing of x_0."""
+  plan = samplers.make_plan(
+    {'_class_name': 'FlowMatchEulerDiscreteScheduler'}, 4, sampler='euler'
+  )
+  guided = reward_guidance.guide(
+    lambda x, t: 0.5 * x,
+    clean_tilt,
+    plan,
+    reward_guidance.Settings(1.0, backward_steps=1, place='x_0_hat'),
+  )
+  x_t = jax.random.normal(jax.random.key(3), (3, 2, 2, 1))
+  assert plan.rows.alpha[0] == 0.0
+  first = guided(x_t, jnp.full(3, plan.rows.t[0]))
+  np.testing.assert_array_equal(first, 0.5 * x_t)
+  second = guided(x_t, jnp.full(3, plan.rows.t[1]))
+  assert np.isfinite(second).all() and np.abs(second - 0.5 * x_t).max() > 0.01
