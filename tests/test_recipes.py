@@ -4,11 +4,21 @@ import importlib
 
 import pytest
 
-from configs import common, emoji_sweep, methods, mnist, quickstart, sd15, sdxl
+from configs import (
+  censoring,
+  common,
+  emoji_sweep,
+  methods,
+  mnist,
+  quickstart,
+  sd15,
+  sdxl,
+)
 from dpo_jax import limits
 from dpo_jax.objectives import linear, registry
 
 VARIANTS = {
+  'censoring': tuple(censoring.VARIANTS),
   'emoji_base': ('vae', 'unet'),
   'emoji_judge': ('all', 'holdout'),
   'emoji_sweep': emoji_sweep.VARIANTS,
