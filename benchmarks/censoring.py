@@ -246,7 +246,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ('count', 200),
     ('steps', 50),
     ('batch', 100),
-    ('pool', 1000),
+    ('pool', 600),
     ('labeller_steps', 400),
     ('reward_steps', 400),
     ('align_steps', 150),

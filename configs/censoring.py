@@ -16,7 +16,7 @@ from configs import common
 
 VARIANTS = {
   'dpo': {'beta': 2000.0},
-  'duo': {'beta': 2000.0, 'weight': 100.0},
+  'duo': {'beta': 2000.0, 'weight': 1e4},
   'kto': {'beta': 1000.0, 'weight_liked': 1.0, 'weight_disliked': 1.0},
 }
 
