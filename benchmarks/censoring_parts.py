@@ -147,11 +147,13 @@ def train_rewards(
   batch_size: int,
   lr: float,
   seed: int,
+  weights: Float[np.ndarray, ' m'] | None = None,
 ) -> list[types.Params]:
   """K networks on their own labels: AdamW, decay 0.05, rate linear to 0.
 
   Yoon et al., 2023, appendix: 1001 iterations at 3e-4 for MNIST. members:
-  [m k]. A batch holds as many malign as benign pictures.
+  [m k]. weights: how often a picture is drawn in relation to others; None:
+  all alike, so that a network of 10 malign and 10 benign sees as many of both.
   """
   x = jnp.zeros((1, SIDE, SIDE, 1))
   start = [
@@ -179,9 +181,10 @@ def train_rewards(
 
   params, key = task.params, jax.random.key(seed + 1)
   state, rng = optimizer.init(params), np.random.default_rng(seed)
-  groups = [np.flatnonzero(benign == value) for value in (0, 1)]
+  if weights is None:
+    weights = np.ones(len(pictures))
   for i in range(num_steps):
-    rows = np.concatenate([rng.choice(g, batch_size // 2) for g in groups])
+    rows = rng.choice(len(pictures), batch_size, p=weights / weights.sum())
     batch = {
       # The pixels' encoder takes three colours and returns their mean.
       'images': np.repeat(pictures[rows][..., None], 3, -1),
@@ -278,6 +281,7 @@ def train_labeller(
     batch_size=64,
     lr=3e-3,
     seed=seed,
+    weights=np.repeat(1 / np.bincount(benign)[benign], copies),
   )
   unseen = logits_of(module, networks, pictures)[np.arange(len(fold)), fold]
   figures = quality_of_labels((unseen > 0).astype(int), benign)
