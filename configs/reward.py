@@ -9,12 +9,14 @@ Labels are made on the likes page, of pictures that the generator drew:
     --workdir=runs/reward --config.data.path=labels \
     --config.model.folder=runs/mnist/export
 
-Yoon et al., 2023, arXiv 2307.02770, table of section 5 and appendix: labels a
-network, weight a, iterations and rates are theirs, AdamW with weight decay .05
-and a rate that falls linearly to 0. Ours: batch size, the shape of the networks
-(group norm instead of ResNet18's batch norm, no weights of ImageNet), crops and
-flips where MNIST has rotations, and of `:sd` a reward on latents, where theirs
-needs a gradient through the VAE decoder. Variants:
+Yoon et al., 2023, arXiv 2307.02770: labels a network, weight a, iterations and
+rates are theirs (from notes on the paper, which was not at hand), AdamW with
+weight decay .05 and a rate that falls linearly to 0, MNIST's 10 copies and
+rotations. Ours: batch size, the shape of the networks (group norm instead of
+ResNet18's batch norm, no weights of ImageNet), copies, crops, flips and colours
+elsewhere, 128 pixels of `:tench`, and of `:sd` a reward on latents, where
+theirs needs a gradient through the VAE decoder. None but `:mnist` in small was
+run yet. Variants:
 
   :mnist    crossed sevens, 5 networks on x_t of 28x28 grey pixels (default)
   :church   watermarks, 5 networks on pixels
