@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from dpo_jax import folders, trees, types
-from dpo_jax.train import manifest
+from dpo_jax.train import array_files, manifest
 from dpo_jax.train import state as state_lib
 
 # Beside the checkpoints: which of them is the best, and by what.
@@ -25,9 +25,6 @@ _TORN = '*.orbax-checkpoint-tmp*'
 _MARKER = '.saving'
 _DAMAGED = '.damaged'
 _TRIES = 50
-# Copies of an array write a part of it each only where a part has so many
-# bytes: a small one would become a fragment for every device.
-_PART_BYTES = 2**20
 _NONE, _ALL_DAMAGED = -1, -2
 
 
@@ -70,9 +67,7 @@ class Checkpointer:
         max_to_keep=None, cleanup_tmp_directories=True, create=True
       ),
       item_handlers={
-        'state': ocp.PyTreeCheckpointHandler(
-          type_handler_registry=_array_types()
-        ),
+        'state': array_files.make_handler(),
         'data': ocp.JsonCheckpointHandler(),
       },
     )
@@ -277,19 +272,6 @@ class Checkpointer:
       self.wait()
     finally:
       self._manager.close()
-
-
-def _array_types() -> ocp.type_handlers.TypeHandlerRegistry:
-  return ocp.type_handlers.create_type_handler_registry(
-    (
-      jax.Array,
-      ocp.type_handlers.ArrayHandler(
-        min_slice_bytes_for_replica_parallel=_PART_BYTES,
-        # A restore names its own shardings.
-        enable_write_sharding_file=False,
-      ),
-    )
-  )
 
 
 def _folder_of(workdir: str | os.PathLike) -> epath.Path:
