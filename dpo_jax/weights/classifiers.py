@@ -66,17 +66,6 @@ def load(
     trees.leaf_name(path): tuple(leaf.shape)
     for path, leaf in jax.tree_util.tree_leaves_with_path(_shapes(config))
   }
-  found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-  wrong = sorted(
-    name
-    for name in wanted.keys() | found.keys()
-    if wanted.get(name) != found.get(name)
-  )
-  if wrong:
-    name = wrong[0]
-    raise ValueError(
-      f'{folder / WEIGHTS}: tensor {name!r} has shape {found.get(name)}, the '
-      f'config asks for {wanted.get(name)} ({len(wrong)} tensors differ)'
-    )
+  safetensors_io.check_shapes(folder / WEIGHTS, tensors, wanted)
   params = {name: np.float32(tensor) for name, tensor in tensors.items()}
   return config, flax.traverse_util.unflatten_dict(params, sep='/')

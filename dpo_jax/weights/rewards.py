@@ -160,15 +160,4 @@ def _check_shapes(path, config, count, tensors) -> None:
     for k in range(count)
     for name, shape in one.items()
   }
-  found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-  wrong = sorted(
-    name
-    for name in wanted.keys() | found.keys()
-    if wanted.get(name) != found.get(name)
-  )
-  if wrong:
-    name = wrong[0]
-    raise ValueError(
-      f'{path}: tensor {name!r} has shape {found.get(name)}, the config asks '
-      f'for {wanted.get(name)} ({len(wrong)} tensors differ)'
-    )
+  safetensors_io.check_shapes(path, tensors, wanted)

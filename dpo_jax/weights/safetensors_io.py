@@ -367,3 +367,23 @@ def check_finite(source: Any, name: str, tensor: np.ndarray) -> None:
       f'{source}: tensor {name!r} holds {bad} NaN or infinite values of'
       f' {tensor.size}'
     )
+
+
+def check_shapes(
+  path: str | os.PathLike,
+  tensors: Mapping[str, np.ndarray],
+  wanted: Mapping[str, tuple[int, ...]],
+) -> None:
+  """ValueError unless the tensors are those wanted, by name and shape."""
+  found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+  wrong = sorted(
+    name
+    for name in wanted.keys() | found.keys()
+    if wanted.get(name) != found.get(name)
+  )
+  if wrong:
+    name = wrong[0]
+    raise ValueError(
+      f'{path}: tensor {name!r} has shape {found.get(name)}, the config asks '
+      f'for {wanted.get(name)} ({len(wrong)} tensors differ)'
+    )
