@@ -178,10 +178,16 @@ class StableDiffusion:
     negative_params: of another UNet, which is guided away from: it takes
     `uncond`, and models without text can be guided so too.
 
-    Raises ValueError as check_guidance does.
+    Raises ValueError as check_guidance does, and for negative_params with a
+    guidance_scale of 1 or less, where they would have no say.
     """
     if negative_params is None:
       self.check_guidance(guidance_scale)
+    elif guidance_scale <= 1.0:
+      raise ValueError(
+        f'guidance_scale={guidance_scale}: nothing is guided away from the '
+        'other UNet; set it above 1'
+      )
 
     def apply_fn(x_t, t, cond):
       return self.apply_unet(unet_params, x_t, t, cond)

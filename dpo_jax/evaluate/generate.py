@@ -75,7 +75,8 @@ def make_sample_fn(
   always a scan. The steps' loop is never differentiated.
 
   params: 'unet', 'vae' and the text encoders, and with a refiner 'refiner',
-  a dict of the same kind; of a censor 'reward'. batch:
+  a dict of the same kind; of a censor 'reward'; 'negative', optional, of
+  another UNet that guidance leads away from. batch:
     input_ids, uncond_ids: [n k s] prompts and what they are guided away from.
       Without uncond_ids the model's own empty conditioning is used, if that
       is zeros (SDXL base).
@@ -169,6 +170,7 @@ class _Part:
       *conditions,
       guidance_scale=settings.guidance_scale,
       guidance_rescale=settings.guidance_rescale,
+      negative_params=self.own(params).get('negative'),
     )
     if censor is None:
       return denoise_fn

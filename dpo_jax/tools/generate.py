@@ -13,6 +13,10 @@ and its number alone, so that two models can be compared picture by picture.
 An unconditional model (DDPMPipeline, DDIMPipeline) ignores the prompts, whose
 ids name the pictures all the same.
 
+With --negative_weights guidance leads away from another UNet (Diffusion-NPO:
+one trained on swapped labels, data.label_noise=1) instead of from the same
+one's output for the negative prompt, which the other takes.
+
 A reward (a run of task reward, exported) guides sampling away from what is
 malign, or with --reject has such pictures drawn again: docs/censoring.md.
 """
@@ -21,7 +25,6 @@ import dataclasses
 import functools
 import pathlib
 import sys
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,18 +34,16 @@ from jax.experimental import multihost_utils
 from PIL import Image
 
 from dpo_jax import loading, sharding, trees, types
-from dpo_jax.data import images as images_lib
 from dpo_jax.diffusion import samplers
 from dpo_jax.evaluate import generate, grid, manifest
 from dpo_jax.evaluate import prompts as prompts_lib
 from dpo_jax.models import lora
-from dpo_jax.tools import arguments, censoring
+from dpo_jax.tools import arguments, censoring, generate_inputs
 from dpo_jax.train import progress
 from dpo_jax.weights import lora_files
 
 # diffusers' defaults: 7.5 for Stable Diffusion, 5.0 for SDXL.
 GUIDANCE_SCALES = {0: 7.5, 5: 5.0, 6: 5.0}
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')
 # Pictures on the contact sheet at most.
 SHEET = 256
 
@@ -56,6 +57,7 @@ def _parse(argv: Sequence[str]):
   add('--out', required=True, help='folder for the pictures')
   add('--weights', help="a run's workdir, a pipeline or a UNet folder")
   add('--step', type=number(int, low=0), help='of a run given as --weights')
+  add('--negative_weights', help='of a UNet to be guided away from')
   add('--lora', help='adapters of the UNet: safetensors, diffusers or kohya')
   add('--lora_scale', type=number(float, low=-100), help='default: 1')
   add('--revision', default='', help='of a hub id')
@@ -100,6 +102,9 @@ def main(argv: Sequence[str]) -> None:
     params['unet'] = _merged(values, opened, params['unet'])
   elif values.lora_scale is not None:
     raise ValueError('--lora_scale: is for adapters; give --lora too')
+  if values.negative_weights:
+    negative = loading.load_weights(values.negative_weights, opened)
+    params['negative'] = negative['unet']
   refiner = _open(values, values.refiner, mesh) if values.refiner else None
   settings = _settings(values, opened)
   reward = None
@@ -108,8 +113,10 @@ def main(argv: Sequence[str]) -> None:
     params['reward'] = reward.members
   if not opened.model.text_encoders:
     _check_unconditional(values)
-  entries = _entries(prompts, values)
-  inputs = _inputs(values, opened, refiner, prompts, entries, settings)
+  entries = generate_inputs.make_entries(prompts, values)
+  inputs = generate_inputs.read(
+    values, opened, refiner, prompts, entries, settings
+  )
   if refiner:
     params['refiner'] = {
       name: tree for name, tree in refiner.params.items() if name != 'vae'
@@ -246,7 +253,7 @@ def _settings(values, opened: loading.Opened) -> generate.Settings:
     scale = (
       GUIDANCE_SCALES[model.micro_cond_dim] if model.text_encoders else 1.0
     )
-  model.check_guidance(scale)
+  _check_guidance(values, model, scale)
   return generate.Settings(
     size=size,
     sampler=sampler,
@@ -260,92 +267,14 @@ def _settings(values, opened: loading.Opened) -> generate.Settings:
   )
 
 
-def _entries(prompts: list[prompts_lib.Prompt], values) -> list[dict]:
-  """One entry a picture, in order; `seed` is what its noise hangs on."""
-  entries = []
-  for prompt in prompts:
-    for i in range(values.images_per_prompt):
-      number = zlib.crc32(f'{prompt.id}/{i}'.encode())
-      if prompt.seed is not None:
-        number = (prompt.seed + i) % 2**32
-      entries.append(
-        {
-          'file': f'{prompt.id}_{i}.png',
-          'id': prompt.id,
-          'image': i,
-          'prompt': prompt.text,
-          'negative_prompt': (
-            values.negative_prompt
-            if prompt.negative is None
-            else prompt.negative
-          ),
-          'seed': number,
-        }
-      )
-  return entries
-
-
-def _inputs(values, opened, refiner, prompts, entries, settings):
-  """Arrays [n ...] of make_sample_fn's batch."""
-  texts = [entry['prompt'] for entry in entries]
-  negative = [entry['negative_prompt'] for entry in entries]
-  cut = opened.tokenizers.encode([prompt.text for prompt in prompts])[1]
-  if cut:
-    print(
-      f'{cut} of {len(prompts)} prompts are longer than the text encoder '
-      'takes; their ends are cut off',
-      file=sys.stderr,
-    )
-  inputs = generate.prompt_batch(
-    opened.model, opened.tokenizers.encode, texts, negative
-  )
-  if refiner:
-    second = generate.prompt_batch(
-      refiner.model, refiner.tokenizers.encode, texts, negative
-    )
-    inputs |= {f'refiner_{name}': array for name, array in second.items()}
-  shape = opened.model.latent_shape(settings.size)
-  if values.latents:
-    inputs['noise'] = _read_latents(values.latents, len(entries), shape)
-  if values.init_images:
-    inputs['images'] = np.stack(
-      [
-        _read_image(values.init_images, entry['id'], settings.size)
-        for entry in entries
-      ]
-    )
-  return inputs
-
-
-def _read_latents(path: str, n: int, shape: tuple) -> np.ndarray:
-  try:
-    noise = np.load(path, allow_pickle=False)
-  except (ValueError, EOFError) as error:
-    raise ValueError(f'--latents={path}: not a .npy array: {error}') from error
-  if noise.shape not in ((n, *shape), (1, *shape)):
+def _check_guidance(values, model, scale: float) -> None:
+  if not values.negative_weights:
+    model.check_guidance(scale)
+  elif scale <= 1.0:
     raise ValueError(
-      f'--latents={path} has shape {noise.shape}; give {(n, *shape)} '
-      f'(pictures, height, width, channels) or {(1, *shape)}'
+      f'--negative_weights={values.negative_weights}: says nothing with a '
+      f'guidance scale of {scale:g}; give --guidance_scale above 1'
     )
-  if noise.dtype.kind != 'f' or not np.isfinite(noise).all():
-    raise ValueError(f'--latents={path}: must hold finite floats')
-  return np.broadcast_to(noise, (n, *shape)).astype(np.float32)
-
-
-def _read_image(folder: str, name: str, size: tuple[int, int]) -> np.ndarray:
-  """The picture of a prompt, scaled to cover `size` and cut to its middle."""
-  paths = [pathlib.Path(folder) / f'{name}{s}' for s in IMAGE_SUFFIXES]
-  path = next((path for path in paths if path.is_file()), None)
-  if path is None:
-    raise ValueError(
-      f'--init_images={folder}: no picture {name} with suffix '
-      + ', '.join(IMAGE_SUFFIXES)
-    )
-  try:
-    pixels = images_lib.decode(path.read_bytes())
-  except ValueError as error:
-    raise ValueError(f'{path}: {error}') from error
-  return images_lib.cover(pixels, size)
 
 
 def _record(values, opened, refiner, params, settings) -> dict[str, Any]:
@@ -364,6 +293,11 @@ def _record(values, opened, refiner, params, settings) -> dict[str, Any]:
   if values.lora:
     scale = 1.0 if values.lora_scale is None else values.lora_scale
     record['lora'] = {'path': values.lora, 'scale': scale}
+  if 'negative' in params:
+    record['negative_weights'] = {
+      'path': values.negative_weights,
+      'unet_sha256': trees.digest(params['negative']),
+    }
   for name in ('latents', 'init_images'):
     if getattr(values, name):
       record[name] = getattr(values, name)
