@@ -25,6 +25,7 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 
 import flax.serialization
 import jax
@@ -40,15 +41,16 @@ Arm = sampling.Arm
 ARMS = {
   'none': Arm(),
   'rejection': Arm('clean', keep=0.8),
-  'single': Arm('single', 1.0),
-  'union': Arm('union', 1.0),
+  'single': Arm('single', 3.0),
+  'union': Arm('union', 3.0),
   'ensemble': Arm('ensemble', 1.0),
   'ensemble_r4': Arm('ensemble', 1.0, recurrence=4),
   'ensemble_r4_b5': Arm('ensemble', 1.0, recurrence=4, backward_steps=5),
-  'forward': Arm('clean', 1.0),
+  'forward': Arm('clean', 20.0),
   'kto': Arm(objective='kto'),
   'dpo': Arm(objective='dpo'),
   'duo': Arm(objective='duo'),
+  'npo': Arm(objective='dpo', away=2.0),
 }
 # Pictures of the labelled pool have this seed, those of draw i the seed i.
 POOL_SEED = 10**6
@@ -61,9 +63,10 @@ def find_arm(name: str) -> Arm:
     raise ValueError(f'arm {base!r}: allowed are {", ".join(ARMS)}')
   if not scale:
     return ARMS[base]
-  if not ARMS[base].scale:
-    raise ValueError(f'arm {name!r}: {base} has no guidance scale')
-  return dataclasses.replace(ARMS[base], scale=float(scale))
+  for field in ('scale', 'away'):
+    if getattr(ARMS[base], field):
+      return dataclasses.replace(ARMS[base], **{field: float(scale)})
+  raise ValueError(f'arm {name!r}: {base} has no guidance scale')
 
 
 class Bench:
@@ -85,7 +88,6 @@ class Bench:
     self._labeller = self._make_labeller(sevens[known], benign[known])
     self._pool = self._make_pool()
     self._pool_benign = self._is_benign(self._pool)
-    self._networks: dict[tuple[str, int], list] = {}
 
   def _make_labeller(self, sevens, benign):
     path = self._folder / 'labeller.msgpack'
@@ -120,7 +122,17 @@ class Bench:
 
   def rewards(self, which: str, draw: int) -> tuple[list, float]:
     """(networks of a draw, seconds of processor time that they took)."""
-    if (which, draw) not in self._networks:
+    if which == 'single':
+      # The ensemble's first, which it would train alike.
+      made, seconds = self.rewards('ensemble', draw)
+      return made[:1], seconds / len(made)
+    path = self._folder / 'networks' / f'{which}-{draw}.msgpack'
+    wanted = digest(self._flags, Arm(which), ('pool', 'reward_steps'))
+    if path.is_file():
+      found = flax.serialization.msgpack_restore(path.read_bytes())
+      if found['config'] != wanted:
+        raise ValueError(f'{path}: is of other settings; remove it')
+    else:
       begun = time.process_time()
       made = sampling.train_networks(
         which,
@@ -130,15 +142,20 @@ class Bench:
         num_steps=self._flags.reward_steps,
         seed=draw,
       )
-      spent = time.process_time() - begun
-      self._networks = {
-        key: value for key, value in self._networks.items() if key[1] == draw
-      } | {(which, draw): (made, spent)}
-    return self._networks[which, draw]
+      found = {
+        'config': wanted,
+        'seconds': time.process_time() - begun,
+        'networks': {f'{i}': jax.device_get(x) for i, x in enumerate(made)},
+      }
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(flax.serialization.msgpack_serialize(found))
+    networks = found['networks']
+    return [networks[name] for name in sorted(networks)], found['seconds']
 
   def run(self, name: str, draw: int) -> dict:
     """Makes an arm's pictures of a draw and measures them."""
     arm, unet, members, trained = find_arm(name), self._unet, [], 0.0
+    negative = None
     if arm.networks:
       members, trained = self.rewards(arm.networks, draw)
     elif arm.objective:
@@ -146,7 +163,7 @@ class Bench:
       labels = parts.draw_labels(self._pool_benign, seed=draw)
       pairs = self._folder / 'pairs' / f'{draw}.parquet'
       sampling.write_pairs(pairs, self._pool, labels)
-      unet = sampling.align(
+      aligned = sampling.align(
         arm,
         self._flags.model,
         pairs,
@@ -155,6 +172,10 @@ class Bench:
         seed=draw,
         mesh=self._mesh,
       )
+      if arm.away:
+        negative = aligned
+      else:
+        unet = aligned
     count = self._flags.count
     numbers = np.arange(sampling.candidates(count, arm))
     pictures, spent = self._sampler(
@@ -163,6 +184,7 @@ class Bench:
       seed=2 * draw,
       arm=arm,
       members=members if arm.settings else (),
+      negative=negative,
     )
     if arm.keep < 1:
       pictures = pictures[sampling.select(pictures, members, count)]
@@ -194,9 +216,18 @@ class Bench:
     return pictures, self._is_benign(pictures) == 0
 
 
-def digest(flags: argparse.Namespace, arm: Arm) -> str:
+def digest(
+  flags: argparse.Namespace,
+  arm: Arm,
+  names: Sequence[str] = (
+    'count',
+    'steps',
+    'pool',
+    'reward_steps',
+    'align_steps',
+  ),
+) -> str:
   """What tells a record of these settings from one of others."""
-  names = ('count', 'steps', 'pool', 'reward_steps', 'align_steps')
   told = {name: getattr(flags, name) for name in names}
   told |= dataclasses.asdict(arm)
   text = json.dumps(told, sort_keys=True)
@@ -248,7 +279,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ('batch', 100),
     ('pool', 600),
     ('labeller_steps', 400),
-    ('reward_steps', 400),
+    ('reward_steps', 3000),
     ('align_steps', 150),
   ):
     parser.add_argument(f'--{name}', type=int, default=value)

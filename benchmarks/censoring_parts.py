@@ -28,7 +28,7 @@ from dpo_jax.models import reward as reward_lib
 from dpo_jax.tasks import reward as reward_task
 
 SIDE = 28
-Pictures = UInt8[np.ndarray, 'n 28 28']
+Pictures = UInt8[np.ndarray, 'n side side']
 
 
 class Labels(NamedTuple):
@@ -78,7 +78,7 @@ def augment(
   row i * copies + j. Yoon et al., 2023: +-20 degrees, 10 copies.
   """
   rng, made = np.random.default_rng(seed), []
-  centre = (SIDE - 1) / 2
+  centre = (pictures.shape[1] - 1) / 2
   for picture in pictures:
     for _ in range(copies):
       angle = np.deg2rad(rng.uniform(-degrees, degrees))
@@ -155,7 +155,7 @@ def train_rewards(
   [m k]. weights: how often a picture is drawn in relation to others; None:
   all alike, so that a network of 10 malign and 10 benign sees as many of both.
   """
-  x = jnp.zeros((1, SIDE, SIDE, 1))
+  x = jnp.zeros((1, *pictures.shape[1:], 1))
   start = [
     module.init(key, x, jnp.zeros(1, jnp.int32))['params']
     for key in jax.random.split(jax.random.key(seed), members.shape[1])
@@ -213,7 +213,7 @@ def logits_of(
   rows = []
   for start in range(0, len(pictures), batch_size):
     part = pictures[start : start + batch_size]
-    x = np.zeros((batch_size, SIDE, SIDE, 1), np.float32)
+    x = np.zeros((batch_size, *pictures.shape[1:], 1), np.float32)
     x[: len(part)] = part[..., None] / 127.5 - 1.0
     rows.append(np.asarray(apply(members, x))[: len(part)])
   return np.concatenate(rows)

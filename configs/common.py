@@ -245,9 +245,9 @@ def _classifier():
 def _reward():
   """Of task reward (Yoon et al., 2023); data.path names labels."""
   c = ml_collections.ConfigDict()
-  # time (sees x_t and t) | clean (x_0), as pixels | latents of model.folder.
-  c.kind = 'clean'
-  c.space = 'pixels'
+  # time (of x_t, t) | clean (x_0) | features (of pixels, by a CLIP's folder).
+  c.kind, c.clip = 'clean', ''
+  c.space = 'pixels'  # | latents of model.folder
   # ensemble (of networks) | union (one, on the labels of all) | single.
   c.variant = 'ensemble'
   c.networks = 5

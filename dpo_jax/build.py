@@ -167,7 +167,16 @@ def _open(config, mesh):
     )
   if config.task != 'reward':
     opened.model.check_guidance(config.eval.guidance_scale)
+    _check_dropout(config, opened.model)
   return opened
+
+
+def _check_dropout(config, model):
+  if config.data.prompt_dropout and not model.text_encoders:
+    raise ValueError(
+      f'data.prompt_dropout={config.data.prompt_dropout}: this model is '
+      'unconditional, there is no prompt to drop; set it to 0'
+    )
 
 
 def _open_generator(config, mesh):

@@ -13,6 +13,7 @@ from dpo_jax.data import labels
 from dpo_jax.diffusion import samplers, weights
 from dpo_jax.evaluate import prompts
 from dpo_jax.models import attention, unet
+from dpo_jax.models import reward as reward_lib
 from dpo_jax.objectives import registry
 from dpo_jax.tasks import inputs as inputs_lib
 from dpo_jax.tasks import moving_ref, preference, reference
@@ -40,7 +41,7 @@ CHOICES = {
   'objective.name': tuple(registry.OBJECTIVES),
   'objective.ref_update': moving_ref.KINDS,
   'noise.weighting': weights.NAMES,
-  'reward.kind': reward_limits.KINDS,
+  'reward.kind': reward_lib.KINDS,
   'reward.space': rewards.SPACES,
   'reward.loss': reward_task.LOSSES,
   'reward.variant': labels.VARIANTS,
@@ -150,8 +151,7 @@ def validate(config: ml_collections.ConfigDict) -> dict[str, Any]:
   problems += _check_scorer(config)
   if config.task == 'preference':
     problems += objective_limits.check(config)
-  if config.task == 'reward':
-    problems += reward_limits.check(config)
+  problems += reward_limits.check(config)
   if config.train.checkpoint_every % config.train.log_every:
     problems.append(
       f'train.checkpoint_every={config.train.checkpoint_every}: must be a '

@@ -4,8 +4,6 @@ import ml_collections
 
 from dpo_jax.models import reward
 
-# What trains: CLIP's features of a picture are not computed by the task.
-KINDS = ('time', 'clean')
 # Key: (its value where it asks for nothing, why it would do nothing).
 _IGNORED = {
   'noise.t_min': (0, 'timesteps are drawn from all of the schedule'),
@@ -18,13 +16,40 @@ _IGNORED = {
   'eval.retrieval': (False, 'no pictures are drawn'),
   'export.dtype': ('float32', 'rewards are exported in float32'),
 }
+# What config.reward holds where no reward is trained.
+DEFAULTS = {
+  'kind': 'clean',
+  'clip': '',
+  'space': 'pixels',
+  'variant': 'ensemble',
+  'networks': 5,
+  'per_class': 0,
+  'loss': 'bce',
+  'benign_weight': 1.0,
+  'widths': (32, 64, 128),
+  'depth': 1,
+  'num_heads': 4,
+  'norm_num_groups': 8,
+  'copies': 1,
+  'rotation': 0.0,
+  'crop': 0.0,
+  'colour': 0.0,
+}
 
 
 def check(config: ml_collections.ConfigDict) -> list[str]:
   """What is wrong, one line a problem, each naming its key."""
+  if config.task != 'reward':
+    return [
+      f'reward.{name}={config.reward[name]!r}: is for task=reward; leave it at '
+      f'{default!r} with task={config.task}'
+      for name, default in DEFAULTS.items()
+      if config.reward[name] != default
+    ]
   return (
     _check_ignored(config)
     + _check_networks(config)
+    + _check_features(config.reward)
     + _check_copies(config.reward)
   )
 
@@ -82,16 +107,50 @@ def _check_networks(config) -> list[str]:
       f'reward.benign_weight={settings.benign_weight}: is for reward.loss=bce; '
       'set it to 1.0 with pairwise'
     )
-  if settings.kind == 'clean' and settings.num_heads != 4:
+  if settings.kind in ('clean', 'features') and settings.num_heads != 4:
     problems.append(
       f'reward.num_heads={settings.num_heads}: is for reward.kind=time; leave '
-      'it at 4 with clean'
+      f'it at 4 with {settings.kind}'
     )
-  if settings.kind in KINDS:
+  if settings.kind in reward.KINDS:
     try:
       make_shape(config, 1)
     except ValueError as error:
       problems.append(str(error))
+  return problems
+
+
+def _check_features(settings) -> list[str]:
+  """Of kind `features`, a head on CLIP, and of none but it."""
+  if settings.kind != 'features':
+    if settings.clip:
+      return [
+        f'reward.clip={settings.clip}: is for reward.kind=features; leave it '
+        f'empty with {settings.kind}'
+      ]
+    return []
+  problems = []
+  if not settings.clip:
+    problems.append(
+      'reward.clip is empty: reward.kind=features stands on the pictures that '
+      'CLIP embeds; name the folder of one'
+    )
+  if settings.space != 'pixels':
+    problems.append(
+      f'reward.space={settings.space!r}: CLIP looks at pixels; set it to '
+      "'pixels' with reward.kind=features"
+    )
+  if len(settings.widths) != 1:
+    problems.append(
+      f'reward.widths={tuple(settings.widths)}: reward.kind=features has one '
+      'hidden layer; give one width'
+    )
+  for name, default in (('depth', 1), ('norm_num_groups', 8)):
+    if settings[name] != default:
+      problems.append(
+        f'reward.{name}={settings[name]}: is for networks of blocks; leave it '
+        f'at {default} with reward.kind=features'
+      )
   return problems
 
 

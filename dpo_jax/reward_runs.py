@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dpo_jax import datasets, loading, reward_limits
+from dpo_jax import clip_features, datasets, loading, reward_limits
 from dpo_jax import task as task_lib
 from dpo_jax.data import label_copies, label_loader, labels
 from dpo_jax.models import reward
@@ -23,28 +23,33 @@ class Parts:
   Attributes:
     module: the network, of which there are `networks`.
     inputs: what it is shown.
-    shape: of that, [h, w, c].
+    shape: of that, [h, w, c], or [e] of CLIP's features.
+    size: (height, width) of the pictures or latents.
     source: of the generator, None where there is none.
     space: 'pixels' or 'latents'.
+    clip: what kind `features` stands on, None for the others.
   """
 
   module: reward.Reward
   networks: int
   inputs: reward_task.Inputs
-  shape: tuple[int, int, int]
+  shape: tuple[int, ...]
+  size: tuple[int, int]
   source: dict[str, str] | None
   space: str
+  clip: clip_features.Opened | None = None
 
   def describe(self, counts: dict[str, int]) -> dict[str, Any]:
     """The record of an export, see weights.rewards; counts of the labels."""
     model = self.inputs.model
     return {
       'space': self.space,
-      'size': list(self.shape[:2]),
+      'size': list(self.size),
       'place': 'x_t' if self.inputs.noised else 'x_0_hat',
       'model': self.source,
       'num_train_timesteps': model and model.schedule.num_steps,
       'labels': counts,
+      'clip': self.clip and self.clip.source,
     }
 
 
@@ -56,6 +61,8 @@ def make_parts(
 ) -> Parts:
   """Raises ValueError for a space that the generator does not have."""
   settings, side = config.reward, config.data.resolution
+  if settings.kind == 'features':
+    return _make_clip_parts(config, networks=networks)
   has_latents = opened is not None and bool(opened.params['vae'])
   if settings.space == 'latents' and not has_latents:
     raise ValueError(
@@ -79,8 +86,28 @@ def make_parts(
     networks=networks,
     inputs=reward_task.Inputs(model, noised=settings.kind == 'time'),
     shape=shape,
+    size=shape[:2],
     source=opened and opened.source,
     space=settings.space,
+  )
+
+
+def _make_clip_parts(config: ml_collections.ConfigDict, *, networks: int):
+  """Heads on the embeddings of a CLIP, which looks at pixels."""
+  clip = clip_features.open_features(config.reward.clip)
+  side = config.data.resolution
+  return Parts(
+    module=reward.Reward(
+      reward_limits.make_shape(config, clip.features.width),
+      dtype=jnp.dtype(config.model.dtype),
+    ),
+    networks=networks,
+    inputs=reward_task.Inputs(None, noised=False, features=clip.features),
+    shape=(clip.features.width,),
+    size=(side, side),
+    source=None,
+    space='pixels',
+    clip=clip,
   )
 
 
@@ -92,7 +119,9 @@ def make_task(
   """Networks from random weights that follow from the seed and their number."""
   init, key = jax.jit(parts.module.init), jax.random.key(config.seed)
   example = jnp.zeros((1, *parts.shape)), jnp.zeros(1, jnp.int32)
-  vae = opened.params['vae'] if parts.inputs.model else {}
+  frozen = {'vae': opened.params['vae'] if parts.inputs.model else {}}
+  if parts.clip is not None:
+    frozen['clip'] = jax.tree.map(jnp.asarray, parts.clip.params)
   return reward_task.make_task(
     module=parts.module,
     members=[
@@ -100,7 +129,7 @@ def make_task(
       for k in range(parts.networks)
     ],
     inputs=parts.inputs,
-    frozen={'vae': vae},
+    frozen=frozen,
     benign_weight=config.reward.benign_weight,
     loss=config.reward.loss,
   )

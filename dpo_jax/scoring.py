@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
-from dpo_jax import loading, sharding, trees, types
+from dpo_jax import clip_features, loading, sharding, trees, types
 from dpo_jax.data import clip_texts
 from dpo_jax.data import images as images_lib
 from dpo_jax.data import tokenizer as tokenizer_lib
-from dpo_jax.evaluate import clip_pixels, implicit, scorers
+from dpo_jax.evaluate import censor, clip_pixels, implicit, scorers
 from dpo_jax.models import blip, classifier, clip_pair, reward
 from dpo_jax.weights import (
   blip_files,
@@ -230,21 +230,30 @@ def _open_reward(folder: str, *, mesh: jax.sharding.Mesh) -> _Networks:
   """At t = 0, of pixels or of its generator's latents; always in float32."""
   loaded = rewards.load(folder)
   source, (height, side) = loaded.record['model'], loaded.record['size']
-  if loaded.config.kind == 'features' or height != side:
+  if height != side:
     raise ValueError(
-      f'reward={folder}: reads {loaded.config.kind} of {height}x{side}; judges '
-      'are of kind time or clean, and of squares'
+      f'reward={folder}: reads pictures of {height}x{side}; judges are of '
+      'squares'
     )
-  params, model = {'reward': list(loaded.members)}, None
+  params, model, clip = {'reward': list(loaded.members)}, None, None
+  if loaded.config.kind == 'features':
+    clip = clip_features.open_recorded(loaded.record)
+    params['clip'] = clip.params
   if source is not None:
     opened = loading.open_model(**source, mesh=mesh, dtype='float32')
-    params['vae'], model = opened.params['vae'], opened.model
-    side *= model.downscale
+    in_latents = loaded.record['space'] == 'latents'
+    whole = side * opened.model.downscale if in_latents else side
+    if not censor.decodes(
+      loaded.config, loaded.record, opened.model, (whole, whole)
+    ):
+      params['vae'], model, side = opened.params['vae'], opened.model, whole
 
   def log_reward_fn(params, x):
     if model is not None:
       mean, _ = model.encode_posterior(params['vae'], x)
       x = model.scaling_factor * mean
+    if clip is not None:
+      x = clip.features(params['clip'], x)
     module = reward.Reward(loaded.config)
     made = reward.make_log_reward_fn(module, params['reward'])
     return made(x, jnp.zeros(len(x), jnp.int32))

@@ -130,6 +130,7 @@ def test_pairs_without_captions_align_it(
   'changes, words',
   [
     ({'eval__guidance_scale': 7.5}, 'guidance_scale=7.5: this model is uncond'),
+    ({'data__prompt_dropout': 0.2}, 'data.prompt_dropout=0.2: this model is'),
     ({'task': 'autoencode'}, 'works on pixels and has no VAE to train'),
   ],
 )

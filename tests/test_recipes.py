@@ -15,7 +15,7 @@ from configs import (
   sd15,
   sdxl,
 )
-from dpo_jax import limits
+from dpo_jax import limits, reward_limits
 from dpo_jax.objectives import linear, registry
 
 VARIANTS = {
@@ -156,3 +156,13 @@ def test_scaling_leaves_shares_alone():
   methods.apply(c, 'robust', size='sd15', scale=0.5)
   assert c.objective.numbers.to_dict() == {'beta': 2500.0, 'smoothing': 0.1}
   assert c.objective.reward_beta == 2500.0
+
+
+def test_what_is_for_rewards_alone_is_refused_elsewhere():
+  c = common.get_config()
+  assert c.reward.to_dict() == reward_limits.DEFAULTS
+  c = quickstart.get_config()
+  limits.validate(c)
+  c.reward.networks = 3
+  with pytest.raises(ValueError, match='networks=3: is for task=reward'):
+    limits.validate(c)

@@ -67,6 +67,7 @@ def test_a_run_on_x_t_goes_on_bitwise_and_leaves_an_ensemble(
     'model': {'name': str(tiny_pixel_folder), 'revision': ''},
     'num_train_timesteps': 1000,
     'labels': {'benign': 5, 'malign': 3},
+    'clip': None,
   }
   kernels = [one['logit']['kernel'] for one in loaded.members]
   assert (np.abs(kernels) > 0).any() and (kernels[0] != kernels[1]).any()
@@ -93,7 +94,7 @@ def test_a_run_on_x_t_goes_on_bitwise_and_leaves_an_ensemble(
 @pytest.mark.parametrize(
   ('changes', 'words'),
   [
-    ({'reward__kind': 'features'}, "reward.kind='features': allowed are time"),
+    ({'reward__kind': 'noise'}, "reward.kind='noise': allowed are time"),
     ({'reward__variant': 'all'}, 'allowed are single, union, ensemble'),
     ({'reward__variant': 'single'}, 'reward.networks=2: reward.variant=single'),
     ({'reward__per_class': 4}, 'per_class=4: there are 3 malign labels'),

@@ -3,7 +3,7 @@
   place    space     the gradient goes through
   x_t      latents   the reward alone (Yoon et al., 2023, section 3.1)
   x_0_hat  latents   and the UNet (Bansal et al., 2023, universal guidance)
-  x_0_hat  pixels    and the VAE's decoder
+  x_0_hat  pixels    and the VAE's decoder, and CLIP under kind `features`
 
 Both of the latter compute the blocks of the UNet and of the decoder again in
 the backward pass instead of keeping what is inside them.
@@ -11,7 +11,7 @@ the backward pass instead of keeping what is inside them.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
@@ -20,7 +20,7 @@ from dpo_jax import stable_diffusion as sd_lib
 from dpo_jax import types
 from dpo_jax.diffusion import options as options_lib
 from dpo_jax.diffusion import reward_guidance
-from dpo_jax.models import pixels, reward, vae
+from dpo_jax.models import clip_features, pixels, reward, vae
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Censor:
     recurrence: R, see samplers.make_step.
     remat: one of transformer.REMAT, where there is a gradient through the
       model.
+    features: of kind `features`, CLIP's, its parameters are params['clip'].
   """
 
   config: reward.RewardConfig
@@ -43,6 +44,7 @@ class Censor:
   guidance: reward_guidance.Settings
   recurrence: int = 1
   remat: str = 'full'
+  features: clip_features.ClipFeatures | None = None
 
   @property
   def steers(self) -> bool:
@@ -59,6 +61,8 @@ class Censor:
   ) -> Float[Array, ' n']:
     """log r of what the networks are shown."""
     module = reward.Reward(self.config)
+    if self.features is not None:
+      x = self.features(params['clip'], x)
     return reward.make_log_reward_fn(module, params['reward'])(x, t)
 
   def prepare(self, model: sd_lib.StableDiffusion) -> sd_lib.StableDiffusion:
@@ -119,10 +123,9 @@ def decodes(
   Raises ValueError where the reward was trained for something else.
   """
   if config.kind == 'features':
-    raise ValueError(
-      'reads features of CLIP, which a sampler does not have; give a reward of '
-      'kind time or clean'
-    )
+    if tuple(record['size']) != tuple(size):
+      _refuse_size(record, size)
+    return True
   is_pixel_model = isinstance(model.vae, pixels.Pixels)
   own = record['space'] == 'latents' or (
     is_pixel_model and config.in_channels == model.latent_channels
@@ -139,13 +142,17 @@ def decodes(
       f'{"latents" if own else "pixels"} of this model; train it with this one'
     )
   if tuple(record['size']) != (h, w):
-    shown, given = ('x'.join(map(str, s)) for s in (record['size'], (h, w)))
-    raise ValueError(
-      f'was trained on {record["space"]} of {shown}, and --size makes {given}; '
-      'choose the size it knows, or train it at this one'
-    )
+    _refuse_size(record, (h, w))
   _check_timesteps(record, model)
   return not own
+
+
+def _refuse_size(record, size) -> NoReturn:
+  shown, given = ('x'.join(map(str, s)) for s in (record['size'], size))
+  raise ValueError(
+    f'was trained on {record["space"]} of {shown}, and --size makes {given}; '
+    'choose the size it knows, or train it at this one'
+  )
 
 
 def _check_timesteps(record, model) -> None:

@@ -11,6 +11,7 @@ from dpo_jax import keys as keys_lib
 from dpo_jax import stable_diffusion as sd_lib
 from dpo_jax import task as task_lib
 from dpo_jax import types
+from dpo_jax.models import clip_features
 from dpo_jax.models import reward as reward_lib
 from dpo_jax.objectives import reward_losses
 
@@ -25,18 +26,23 @@ class Inputs:
   Attributes:
     model: the generator whose x_t or x_0 it judges; None: pixels as they are.
     noised: x_t at a random timestep (kind `time`), instead of x_0.
+    features: CLIP's, of the pixels (kind `features`); its parameters are
+      frozen['clip'].
   """
 
   model: sd_lib.StableDiffusion | None
   noised: bool
+  features: clip_features.ClipFeatures | None = None
 
   def __post_init__(self):
     if self.noised and self.model is None:
       raise ValueError('a reward on x_t needs the schedule of its generator')
+    if self.features is not None and self.model is not None:
+      raise ValueError('CLIP looks at pixels, not at what a generator has')
 
   def make(
     self, frozen: types.PyTree, batch: dict[str, jax.Array], key: types.Key
-  ) -> tuple[Float[Array, 'b h w c'], types.Timesteps]:
+  ) -> tuple[Float[Array, 'b *h c'], types.Timesteps]:
     """(x, t): of `images` uint8 [b H W 3], draws by `id` [b] and `epoch`."""
     t = jnp.zeros(len(batch['images']), jnp.int32)
     if self.noised:
@@ -50,9 +56,11 @@ class Inputs:
     batch: dict[str, jax.Array],
     key: types.Key,
     t: types.Timesteps,
-  ) -> Float[Array, 'b h w c']:
+  ) -> Float[Array, 'b *h c']:
     """As `make`, at given timesteps [b]; they are not looked at for x_0."""
     images = sd_lib.to_float(batch['images'])
+    if self.features is not None:
+      return self.features(frozen['clip'], images)
     if self.model is None:
       return images
     draws = _draws(key, batch)

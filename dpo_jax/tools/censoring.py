@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpo_jax import loading, sharding, trees, types
+from dpo_jax import clip_features, loading, sharding, trees, types
 from dpo_jax.diffusion import reward_guidance
 from dpo_jax.evaluate import censor as censor_lib
 from dpo_jax.evaluate import generate, manifest, rejection
@@ -22,6 +22,7 @@ CALIBRATION, FEW = 256, 20
 THRESHOLD = 'threshold.json'
 TRIES = 20
 OF_A_REWARD = (
+  'reward_clip',
   'reward_scale',
   'recurrence',
   'backward_steps',
@@ -34,6 +35,7 @@ def add_flags(add: Callable) -> None:
   """The flags of a reward, to a parser."""
   number = arguments.number
   add('--reward', help='folder of a reward that says what is benign')
+  add('--reward_clip', help='where the CLIP is that it stands on, if moved')
   add(
     '--reward_scale',
     type=number(float, low=0),
@@ -87,10 +89,10 @@ def _scale(values) -> float:
 
 
 class Reward(NamedTuple):
-  """A reward that fits the model, its parameters placed."""
+  """A reward that fits the model; what it adds to params, placed."""
 
   censor: censor_lib.Censor
-  members: list[types.Params]
+  params: dict[str, types.PyTree]
   record: dict[str, Any]
 
 
@@ -105,6 +107,16 @@ def open_reward(
     )
   except ValueError as error:
     raise ValueError(f'--reward={values.reward}: {error}') from error
+  clip = None
+  if loaded.config.kind == 'features':
+    clip = clip_features.open_recorded(
+      loaded.record, folder=values.reward_clip or ''
+    )
+  elif values.reward_clip:
+    raise ValueError(
+      f'--reward_clip={values.reward_clip}: {values.reward} looks at no CLIP; '
+      'leave it out'
+    )
   recurrence = values.recurrence or 1
   censor_lib.check_recurrence(recurrence, opened.model)
   _note_model(values, opened, loaded)
@@ -131,9 +143,18 @@ def open_reward(
     'backward_rate': guidance.backward_rate,
     'reject': values.reject,
   }
+  params = {'reward': members}
+  if clip is not None:
+    params['clip'], record['clip'] = clip.params, clip.source
   return Reward(
-    censor_lib.Censor(loaded.config, decodes, guidance, recurrence),
-    jax.device_put(members, sharding.replicated(mesh)),
+    censor_lib.Censor(
+      loaded.config,
+      decodes,
+      guidance,
+      recurrence,
+      features=clip and clip.features,
+    ),
+    jax.device_put(params, sharding.replicated(mesh)),
     record,
   )
 

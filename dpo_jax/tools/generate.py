@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
   reward = None
   if values.reward:
     reward = censoring.open_reward(values, opened, settings, mesh)
-    params['reward'] = reward.members
+    params |= reward.params
   if not opened.model.text_encoders:
     _check_unconditional(values)
   entries = generate_inputs.make_entries(prompts, values)

@@ -17,7 +17,15 @@ from dpo_jax.weights import json_files, safetensors_io
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 SPACES, PLACES = ('pixels', 'latents'), ('x_t', 'x_0_hat')
 # What a record has, each of these and nothing else.
-RECORD = ('labels', 'model', 'num_train_timesteps', 'place', 'size', 'space')
+RECORD = (
+  'clip',
+  'labels',
+  'model',
+  'num_train_timesteps',
+  'place',
+  'size',
+  'space',
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +57,8 @@ def save(
     place: 'x_t' (kind `time`) or 'x_0_hat'.
     model: source of the generator, null where its latents were not looked at.
     num_train_timesteps: of its schedule; null with `model` null.
+    clip: of kind `features` {'name', 'sha256'} of the image tower that the
+      networks stand on, else null; may be left out.
     labels: {'benign': n, 'malign': m}, how many were learnt from.
 
   Raises ValueError naming the folder, and the option or the tensor that is
@@ -126,8 +136,10 @@ def init_shapes(config: reward.RewardConfig) -> types.PyTree:
 
 def _check_record(path, config, record) -> dict[str, Any]:
   """The record as JSON gives it back; ValueError names what is wrong in it."""
+  given = sorted(record) if isinstance(record, Mapping) else record
+  if isinstance(record, Mapping):
+    record = {'clip': None} | dict(record)
   if not isinstance(record, Mapping) or sorted(record) != list(RECORD):
-    given = sorted(record) if isinstance(record, Mapping) else record
     raise ValueError(
       f'{path}: record has {given}; should have {", ".join(RECORD)}'
     )
@@ -139,6 +151,13 @@ def _check_record(path, config, record) -> dict[str, Any]:
         f'{path}: record.{name}={record[name]!r}: with kind={config.kind} '
         f'allowed are {", ".join(choices)}'
       )
+  clip = record['clip']
+  named = isinstance(clip, Mapping) and sorted(clip) == ['name', 'sha256']
+  if not (named if config.kind == 'features' else clip is None):
+    raise ValueError(
+      f'{path}: record.clip={clip!r}: should be name and sha256 of a CLIP with '
+      'kind=features, and null with others'
+    )
   size = record['size']
   if (
     not isinstance(size, list | tuple)
@@ -146,7 +165,7 @@ def _check_record(path, config, record) -> dict[str, Any]:
     or not all(isinstance(side, int) and side > 0 for side in size)
   ):
     raise ValueError(f'{path}: record.size={size!r}: should be [height, width]')
-  return json.loads(json.dumps(dict(record)))
+  return json.loads(json.dumps(record))
 
 
 def _check_shapes(path, config, count, tensors) -> None:

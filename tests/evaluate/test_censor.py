@@ -185,7 +185,13 @@ def test_the_driver_hangs_on_the_mesh_alone():
     ('clean', 4, {'space': 'latents', 'size': [4, 4]}, None),
     ('clean', 3, {'space': 'pixels', 'size': [8, 8]}, None),
     ('time', 4, {'space': 'latents', 'size': [4, 4]}, None),
-    ('features', 4, {}, 'kind time or clean'),
+    ('features', 12, {'space': 'pixels', 'size': [8, 8]}, None),
+    (
+      'features',
+      12,
+      {'space': 'pixels', 'size': [8, 16]},
+      'pixels of 8x16, and --size makes 8x8',
+    ),
     ('time', 3, {'space': 'pixels', 'size': [8, 8]}, 'noise is in latents'),
     ('clean', 3, {'space': 'latents'}, 'takes 3 channels, and there are 4'),
     (

@@ -41,7 +41,17 @@ def test_pixels_and_latents_are_scored_by_log_r(tiny_pixel_folder, tmp_path):
   np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_reward_of_features_is_no_judge(tmp_path):
-  folder = reward_folder.write(tmp_path, 'features', 8, (1, 1), 'pixels')
-  with pytest.raises(ValueError, match='reads features of 1x1; judges are'):
+def test_pixels_of_a_latent_model_stay_pixels(tiny_folder, tmp_path):
+  source = {'name': str(tiny_folder), 'revision': ''}
+  folder = reward_folder.write(
+    tmp_path, 'clean', 3, (8, 8), 'pixels', model=source
+  )
+  found = _open(folder).score(list(PICTURES), [''] * 3)
+  wanted = _log_reward('clean', PICTURES / np.float32(127.5) - 1)
+  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_reward_of_what_is_no_square_is_no_judge(tmp_path):
+  folder = reward_folder.write(tmp_path, 'clean', 3, (8, 16), 'pixels')
+  with pytest.raises(ValueError, match='reads pictures of 8x16; judges are'):
     _open(folder)

@@ -30,7 +30,10 @@ def _make(kind, count=2):
     for _ in range(count)
   ]
   place = 'x_t' if kind == 'time' else 'x_0_hat'
-  return config, members, RECORD | {'place': place}
+  clip = (
+    {'name': 'a folder', 'sha256': '0' * 64} if kind == 'features' else None
+  )
+  return config, members, RECORD | {'place': place, 'clip': clip}
 
 
 @pytest.fixture
@@ -101,6 +104,7 @@ def test_spoilt_tensors_are_named(folder, damage, words):
     ({'record': RECORD | {'space': 'sound'}}, "record.space='sound'"),
     ({'record': RECORD | {'place': 'x_t'}}, "record.place='x_t'.*x_0_hat"),
     ({'record': RECORD | {'size': 8}}, 'record.size=8'),
+    ({'record': RECORD | {'clip': {'name': 'x'}}}, 'null with others'),
   ],
 )
 def test_spoilt_configs_are_named(folder, changes, words):
@@ -133,3 +137,22 @@ def test_nothing_is_written_of_what_cannot_be_read(tmp_path):
     assert str(out) in str(error.value)
     assert not (out / 'config.json').exists()
     assert not (out / 'model.safetensors').exists()
+
+
+def test_a_record_of_before_there_was_clip_is_read(folder):
+  path = folder / 'config.json'
+  values = json.loads(path.read_text())
+  assert values['record'].pop('clip') is None
+  path.write_text(json.dumps(values))
+  assert rewards.load(folder).record['clip'] is None
+
+
+def test_features_are_of_some_clip(tmp_path):
+  config, members, record = _make('features')
+  with pytest.raises(ValueError, match='name and sha256 of a CLIP'):
+    rewards.save(
+      tmp_path,
+      config=config,
+      members=members,
+      record=record | {'clip': {'name': 'x'}},
+    )
