@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dpo_jax.evaluate import comparison
 
 PAIRS, LIKES = 'pairs', 'likes'
+# The only one of single pictures.
+LIKES_QUESTION = 'likes'
 CHOICES = {PAIRS: ('a', 'b', 'tie'), LIKES: ('benign', 'malign', 'unsure')}
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp')
 # Wallace et al. 2024, section 5.1: what people are asked of a pair.
