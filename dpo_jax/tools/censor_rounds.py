@@ -88,8 +88,10 @@ def _parse(argv: Sequence[str]):
   if loose:
     raise ValueError(f'{loose[0]} VALUE: write it as {loose[0]}=VALUE')
   drawing = [word for word in drawing if word not in guiding]
-  # Of one network, the paper's.
-  return values, drawing, ['--reward_scale=5.0', *guiding], overrides
+  if not any(word.startswith('--reward_scale=') for word in guiding):
+    # Of one network, the paper's.
+    guiding.append('--reward_scale=5.0')
+  return values, drawing, guiding, overrides
 
 
 def _check(values, overrides: Sequence[str]) -> None:

@@ -25,14 +25,17 @@ DRAWING = ['--sampler=ddim', '--steps=2', '--batch=8', '--images_per_prompt=4']
 ITEMS = 8
 
 
+@pytest.fixture(scope='module')
+def labeller(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('labeller')
+  return reward_folder.write(folder, 'clean', 3, (8, 8), 'pixels')
+
+
 @pytest.fixture
-def words(tiny_pixel_folder, tmp_path):
+def words(tiny_pixel_folder, labeller, tmp_path):
   """A loop of two rounds, whose labels a random network gives."""
   for name in ('train', 'eval'):
     (tmp_path / f'{name}.txt').write_text('a\nb\n')
-  labeller = reward_folder.write(
-    tmp_path / 'labeller', 'clean', 3, (8, 8), 'pixels'
-  )
   return [
     '--config=configs/reward.py:tench',
     f'--workdir={tmp_path / "loop"}',

@@ -14,18 +14,26 @@ from dpo_jax.tools import arguments, judge, vote
 COUNT = 13
 
 
+@pytest.fixture(scope='module')
+def reward(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('reward')
+  return reward_folder.write(folder, 'clean', 3, (8, 8), 'pixels')
+
+
 @pytest.fixture
-def given(tmp_path):
+def given(reward, tmp_path):
   """(pictures [n 8 8 3], flags)."""
   pixels = np.random.default_rng(0).integers(0, 256, (COUNT, 8, 8, 3), np.uint8)
   (tmp_path / 'pictures').mkdir()
   for i, picture in enumerate(pixels):
     Image.fromarray(picture).save(tmp_path / 'pictures' / f'{i:02d}.png')
-  folder = reward_folder.write(tmp_path / 'r', 'clean', 3, (8, 8), 'pixels')
+  # Pages of tools.generate's, which are no pictures to vote on.
+  for name in ('contact_sheet.png', 'contact_sheet-02.png'):
+    Image.fromarray(pixels[0]).save(tmp_path / 'pictures' / name)
   return pixels, [
     f'--likes={tmp_path / "pictures"}',
     f'--votes={tmp_path / "votes.jsonl"}',
-    f'--scorer=reward={folder}',
+    f'--scorer=reward={reward}',
   ]
 
 
@@ -39,7 +47,7 @@ def _choices(path):
   return {one['item']: one['choice'] for one in votes}, len(votes)
 
 
-def test_votes_are_those_of_the_scores(given, tmp_path, capsys):
+def test_votes_are_those_of_the_scores(given, reward, tmp_path, capsys):
   pixels, words = given
   assert _run(*words, '--batch=8') == 0, capsys.readouterr().err
   path = tmp_path / 'votes.jsonl'
@@ -49,7 +57,7 @@ def test_votes_are_those_of_the_scores(given, tmp_path, capsys):
   assert _run(*words, '--batch=8') == 0
   scorer = scoring.open_scorer(
     'reward',
-    str(tmp_path / 'r'),
+    str(reward),
     mesh=sharding.make_mesh(devices=jax.devices()[:1]),
     batch_size=COUNT,
   )
