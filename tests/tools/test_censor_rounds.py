@@ -32,16 +32,16 @@ def labeller(tmp_path_factory):
 
 
 @pytest.fixture
-def words(tiny_pixel_folder, labeller, tmp_path):
-  """A loop of two rounds, whose labels a random network gives."""
+def words(tmp_path):
+  """A loop of two rounds; nobody opens model and labeller before it runs."""
   for name in ('train', 'eval'):
     (tmp_path / f'{name}.txt').write_text('a\nb\n')
   return [
     '--config=configs/reward.py:tench',
     f'--workdir={tmp_path / "loop"}',
-    f'--model={tiny_pixel_folder}',
+    '--model=MODEL',
     f'--prompts={tmp_path / "train.txt"}',
-    f'--labeller=reward={labeller}',
+    '--labeller=reward=LABELLER',
     '--iterations=1,2',
     '--per_class=2',
     '--reward_scale=3',
@@ -101,7 +101,9 @@ def test_each_round_draws_with_the_last_censor(words, tmp_path):
   )
 
 
-def test_a_loop_that_was_stopped(words, tmp_path, monkeypatch, capsys):
+def test_a_loop_that_was_stopped(
+  words, tiny_pixel_folder, labeller, tmp_path, monkeypatch, capsys
+):
   done = []
 
   def stop(stage):
@@ -110,7 +112,12 @@ def test_a_loop_that_was_stopped(words, tmp_path, monkeypatch, capsys):
     done.append(stage.name)
     in_process(stage)
 
-  words = [*words, f'--eval_prompts={tmp_path / "eval.txt"}', '--iterations=1']
+  words += [
+    f'--model={tiny_pixel_folder}',
+    f'--labeller=reward={labeller}',
+    f'--eval_prompts={tmp_path / "eval.txt"}',
+    '--iterations=1',
+  ]
   longer = [*words, '--iterations=1,1']
   monkeypatch.setattr(stages, 'run', stop)
   assert censor_rounds.run(longer) == 3
