@@ -25,23 +25,20 @@ DRAWING = ['--sampler=ddim', '--steps=2', '--batch=8', '--images_per_prompt=4']
 ITEMS = 8
 
 
-@pytest.fixture(scope='module')
-def labeller(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('labeller')
-  return reward_folder.write(folder, 'clean', 3, (8, 8), 'pixels')
-
-
 @pytest.fixture
-def words(tmp_path):
-  """A loop of two rounds; nobody opens model and labeller before it runs."""
+def words(tiny_pixel_folder, tmp_path):
+  """A loop of two rounds, whose labels a random network gives."""
   for name in ('train', 'eval'):
     (tmp_path / f'{name}.txt').write_text('a\nb\n')
+  labeller = reward_folder.write(
+    tmp_path / 'labeller', 'clean', 3, (8, 8), 'pixels'
+  )
   return [
     '--config=configs/reward.py:tench',
     f'--workdir={tmp_path / "loop"}',
-    '--model=MODEL',
+    f'--model={tiny_pixel_folder}',
     f'--prompts={tmp_path / "train.txt"}',
-    '--labeller=reward=LABELLER',
+    f'--labeller=reward={labeller}',
     '--iterations=1,2',
     '--per_class=2',
     '--reward_scale=3',
@@ -99,51 +96,6 @@ def test_each_round_draws_with_the_last_censor(words, tmp_path):
     '--reward_scale=5.0'
     in {s.name: s for s in censor_rounds.plan(rest)}['round 2: draw'].words
   )
-
-
-def test_a_loop_that_was_stopped(
-  words, tiny_pixel_folder, labeller, tmp_path, monkeypatch, capsys
-):
-  done = []
-
-  def stop(stage):
-    if stage.name == 'round 2: draw':
-      raise stages.StageError(stage, 3)
-    done.append(stage.name)
-    in_process(stage)
-
-  words += [
-    f'--model={tiny_pixel_folder}',
-    f'--labeller=reward={labeller}',
-    f'--eval_prompts={tmp_path / "eval.txt"}',
-    '--iterations=1',
-  ]
-  longer = [*words, '--iterations=1,1']
-  monkeypatch.setattr(stages, 'run', stop)
-  assert censor_rounds.run(longer) == 3
-  assert 'round 2: draw ended with exit code 3' in capsys.readouterr().err
-  before = list(done)
-  # One round is the beginning of two: nothing is made twice.
-  assert censor_rounds.run(words) == 0
-  assert done == before
-  out = capsys.readouterr().out
-  root = tmp_path / 'loop'
-  found = json.loads((root / 'rounds.json').read_text())
-  (one,) = found['rounds']
-  lines = (root / 'round_1' / 'labels' / 'likes.jsonl').read_text().splitlines()
-  liked = [json.loads(line)['liked'] for line in lines]
-  assert liked.count(True) == one['labels']['benign'] == 2
-  assert liked.count(False) == one['labels']['malign'] == 2
-  assert one['labelled'] == ITEMS
-  text = '2 malign and 2 benign labels, of 8 pictures; with its censor'
-  assert f'round 1: {text}' in out and 'without a censor: ' in out
-  for share in (found['base'], one['malign'], one['malign_among_labelled']):
-    assert share['n'] == ITEMS
-    assert 0 <= share['low'] <= share['value'] <= share['high'] <= 1
-  with Image.open(root / 'samples.png') as sheet:
-    assert sheet.width > sheet.height > 96
-  assert censor_rounds.run([*words, '--per_class=1']) == 2
-  assert 'give the same flags' in capsys.readouterr().err
 
 
 def _vote(folder, choices, number):
