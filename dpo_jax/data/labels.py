@@ -171,6 +171,8 @@ def draw(
   The malign ones are the same for all. The benign ones are dealt from one
   shuffled row, round and round: no two networks have one in common where
   there are K * N of them, and else each is dealt as often as the others.
+  Where there are more malign labels than benign ones it is the other way
+  round (not in the paper): the malign are dealt and the benign the same.
   per_class: N; 0 is the largest there can be. Network k's do not hang on how
   many there are after it.
 
@@ -188,12 +190,14 @@ def draw(
         f'train on; label more, or ask for {len(rows) or 1} at most'
       )
   rng = np.random.default_rng([seed, 0x1ABE15])
-  malign, benign = (rng.permutation(sides[w]) for w in ('malign', 'benign'))
+  same, dealt = (rng.permutation(sides[w]) for w in ('malign', 'benign'))
+  if len(same) > len(dealt):
+    same, dealt = dealt, same
   members = np.zeros((len(liked), networks), bool)
-  members[malign[:count]] = True
+  members[same[:count]] = True
   for k in range(networks):
-    own = (k * count + np.arange(count)) % len(benign)
-    members[benign[own], k] = True
+    own = (k * count + np.arange(count)) % len(dealt)
+    members[dealt[own], k] = True
   return members
 
 

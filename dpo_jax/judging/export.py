@@ -79,13 +79,16 @@ def write(
   questions: Sequence[str],
   min_votes: int = 1,
   cross: str = 'none',
+  per_class: int = 0,
 ) -> dict[str, int]:
   """Writes DIR/pairs.jsonl or likes.jsonl, its pictures, and votes.json.
 
   `python -m dpo_jax.tools.prepare --format=jsonl --source=DIR/...` reads them.
   Of a pair the majority at `question` wins, and ties and even votes are left
   out; of single pictures benign is liked, malign is not, and what is unsure is
-  left out. `cross`, of single pictures, adds pairs.jsonl, see `cross_likes`.
+  left out. `cross`, of single pictures, adds pairs.jsonl, see `cross_likes`;
+  `per_class` keeps so many benign and as many malign ones at most, drawn by
+  their names; 0 keeps all.
   Returns counts of what was kept and left out.
   """
   folder = pathlib.Path(folder)
@@ -93,7 +96,12 @@ def write(
   given = vote_stats.by_item(votes, question)
   even = 'tie' if mode == items_lib.PAIRS else 'unsure'
   lines, counts = [], {'kept': 0, even: 0, 'too_few_votes': 0, 'no_vote': 0}
-  for number, item in enumerate(items):
+  taken = dict.fromkeys(items_lib.CHOICES[mode], 0)
+  numbered = list(enumerate(items))
+  if per_class:
+    # Names tell prompts: the first ones would be of the first prompts.
+    numbered.sort(key=lambda one: items_lib.draw('per_class', one[1].key))
+  for number, item in numbered:
     choices = list(given.get(item.key, {}).values())
     if len(choices) < max(1, min_votes):
       counts['too_few_votes' if choices else 'no_vote'] += 1
@@ -102,6 +110,10 @@ def write(
     if choice == even:
       counts[even] += 1
       continue
+    if per_class and taken[choice] >= per_class:
+      counts['more_of_its_class'] = counts.get('more_of_its_class', 0) + 1
+      continue
+    taken[choice] += 1
     names = []
     for side, path in enumerate(item.pictures):
       # Names of our own: a file's may be anything.

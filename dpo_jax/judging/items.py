@@ -3,12 +3,17 @@
 import dataclasses
 import hashlib
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 
 from dpo_jax.evaluate import comparison
 
 PAIRS, LIKES = 'pairs', 'likes'
+# The only one of single pictures.
+LIKES_QUESTION = 'likes'
 CHOICES = {PAIRS: ('a', 'b', 'tie'), LIKES: ('benign', 'malign', 'unsure')}
+# Of tools.generate: one page, or more of them.
+SHEET = re.compile(r'contact_sheet(-\d+)?\.png')
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp')
 # Wallace et al. 2024, section 5.1: what people are asked of a pair.
 QUESTIONS = {
@@ -57,7 +62,7 @@ def open_pictures(folder: str) -> list[Item]:
     for path in root.rglob('*')
     if path.suffix.lower() in SUFFIXES
     and path.is_file()
-    and path.name != 'contact_sheet.png'
+    and not SHEET.fullmatch(path.name)
   )
   if not found:
     raise ValueError(

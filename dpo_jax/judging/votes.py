@@ -16,6 +16,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dpo_jax.judging import items as items_lib
+
 ID = re.compile(r'[A-Za-z0-9_-]{8,64}')
 JUDGE = re.compile(r'[A-Za-z0-9][A-Za-z0-9 ._@-]{0,63}')
 
@@ -196,6 +198,18 @@ class VoteFile:
   def close(self) -> None:
     """Lets others write."""
     self._file.close()
+
+
+def open_for(
+  path: str | os.PathLike, items: Sequence[items_lib.Item], *, mode: str
+) -> VoteFile:
+  """The file of votes on these very items; ValueError as VoteFile's."""
+  header = {
+    'mode': mode,
+    'items': len(items),
+    'sha256': items_lib.digest(items),
+  }
+  return VoteFile(path, header=header)
 
 
 def _check(number: str, judge: str) -> None:

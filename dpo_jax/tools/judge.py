@@ -37,7 +37,6 @@ from dpo_jax.judging import votes as votes_lib
 from dpo_jax.tools import arguments
 
 LOOPBACK = '127.0.0.1'
-LIKES_QUESTION = 'likes'
 
 
 def _parse(argv: Sequence[str]):
@@ -58,6 +57,7 @@ def _parse(argv: Sequence[str]):
   add('--question', default='q1', help='whose winner is exported')
   add('--min_votes', type=whole, default=1, help='of an item to count')
   add('--cross', default='none', choices=export.CROSSINGS, help='of likes')
+  add('--per_class', type=whole, help='of likes, of either class at most')
   return parser.parse(argv)
 
 
@@ -69,7 +69,7 @@ def _items(values) -> tuple[str, list[items_lib.Item], tuple[str, ...]]:
     if values.questions != 'one':
       raise ValueError('--questions=three: is for pairs')
     pictures = items_lib.open_pictures(values.likes)
-    return items_lib.LIKES, pictures, (LIKES_QUESTION,)
+    return items_lib.LIKES, pictures, (items_lib.LIKES_QUESTION,)
   if not values.a or not values.b:
     raise ValueError('give --a and --b (pairs), or --likes (single pictures)')
   count = {'one': 1, 'three': len(items_lib.QUESTIONS)}[values.questions]
@@ -81,16 +81,12 @@ def main(argv: Sequence[str]) -> None:
   """Serves or exports; ValueError says what is wrong with the input."""
   values = _parse(argv)
   mode, items, questions = _items(values)
-  digest = items_lib.digest(items)
-  votes = votes_lib.VoteFile(
-    values.votes,
-    header={'mode': mode, 'items': len(items), 'sha256': digest},
-  )
+  votes = votes_lib.open_for(values.votes, items, mode=mode)
   try:
     if values.export:
       _export(values, mode, items, questions, votes)
     else:
-      _serve(values, mode, items, questions, votes, seed=digest)
+      _serve(values, mode, items, questions, votes)
   finally:
     votes.close()
 
@@ -98,7 +94,11 @@ def main(argv: Sequence[str]) -> None:
 def _export(values, mode, items, questions, votes) -> None:
   if values.cross != 'none' and mode != items_lib.LIKES:
     raise ValueError(f'--cross={values.cross}: is for --likes')
-  question = LIKES_QUESTION if mode == items_lib.LIKES else values.question
+  if values.per_class and mode != items_lib.LIKES:
+    raise ValueError(f'--per_class={values.per_class}: is for --likes')
+  question = (
+    items_lib.LIKES_QUESTION if mode == items_lib.LIKES else values.question
+  )
   known = {*questions, *(vote.question for vote in votes.votes())}
   if question not in known:
     raise ValueError(
@@ -113,6 +113,7 @@ def _export(values, mode, items, questions, votes) -> None:
     questions=sorted(known),
     min_votes=values.min_votes,
     cross=values.cross,
+    per_class=values.per_class or 0,
   )
   print(export.describe(_summary(values, mode, known, votes)))
   left = ', '.join(f'{name} {n}' for name, n in counts.items() if n)
@@ -137,7 +138,7 @@ def _is_loopback(host: str) -> bool:
     return False
 
 
-def _serve(values, mode, items, questions, votes, *, seed: str) -> None:
+def _serve(values, mode, items, questions, votes) -> None:
   token = values.token or ''
   if not _is_loopback(values.host) and not token:
     token = secrets.token_urlsafe(16)
@@ -148,7 +149,7 @@ def _serve(values, mode, items, questions, votes, *, seed: str) -> None:
     questions=questions,
     votes_per_item=values.votes_per_item or 0,
     grid=values.grid,
-    seed=seed,
+    seed=items_lib.digest(items),
   )
   listener = _listen(values.host, values.port)
   port = listener.getsockname()[1]

@@ -20,51 +20,19 @@ Exit code: 0, 2 when the input is wrong, else that of the stage that failed.
 
 import json
 import pathlib
-import shlex
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from dpo_jax import flags, folders, limits, scoring
+from dpo_jax import flags, limits, scoring
 from dpo_jax.data import images as images_lib
 from dpo_jax.evaluate import comparison, grid, ranking
-from dpo_jax.tools import arguments
+from dpo_jax.tools import arguments, stages
 
 # Prompts on samples.png.
 SHOWN = 32
-
-
-class Stage(NamedTuple):
-  """A command: its name in rounds.json, module and flags.
-
-  `whole`: a folder that is there only when the stage is done; a command that
-  was stopped right after it would refuse to make it again.
-  """
-
-  name: str
-  module: str
-  words: tuple[str, ...]
-  whole: pathlib.Path | None = None
-
-  @property
-  def text(self) -> str:
-    """As it would be typed."""
-    return shlex.join(['python', '-m', self.module, *self.words])
-
-
-class StageError(RuntimeError):
-  """A stage ended with `code`; it has said why itself."""
-
-  def __init__(self, stage: Stage, code: int):
-    super().__init__(
-      f'{stage.name} ended with exit code {code}; the same command goes on'
-    )
-    self.code = code
 
 
 def _parse(argv: Sequence[str]):
@@ -90,10 +58,7 @@ def _parse(argv: Sequence[str]):
   add('--seed', type=arguments.number(int, low=0, high=10**6), default=0)
   add('--dry_run', action='store_true', help='print the commands only')
   values, rest = parser.parse_known_args(list(argv))
-  overrides = [word for word in rest if word.startswith('--config.')]
-  if any('=' not in word for word in overrides):
-    raise ValueError('--config.KEY VALUE: write it as --config.KEY=VALUE')
-  return values, [w for w in rest if w not in overrides], overrides
+  return values, *stages.split_overrides(rest)
 
 
 def _check(values, overrides: Sequence[str]) -> str:
@@ -132,15 +97,15 @@ def _weights(name: str, folder: str) -> pathlib.Path:
   return pathlib.Path(folder).resolve()
 
 
-def plan(argv: Sequence[str]) -> list[Stage]:
+def plan(argv: Sequence[str]) -> list[stages.Stage]:
   """All stages in their order; ValueError says what is wrong."""
   values, drawing, overrides = _parse(argv)
   policy = first = _check(values, overrides)
   root = pathlib.Path(values.workdir)
   compared = [f'--prompts={values.eval_prompts}', f'--seed={values.seed}']
   base = root / 'base'
-  stages = [
-    Stage(
+  found = [
+    stages.Stage(
       'base',
       'dpo_jax.tools.generate',
       (f'--model={first}', f'--out={base}', *compared, *drawing),
@@ -156,11 +121,11 @@ def plan(argv: Sequence[str]) -> list[Stage]:
       _train(values, folder, policy, overrides),
       *_compare(values, folder, base, [*compared, *drawing]),
     ]
-    stages += [
+    found += [
       stage._replace(name=f'round {number}: {stage.name}') for stage in made
     ]
     policy = str(folder / 'run' / 'export')
-  return stages
+  return found
 
 
 def _tokenizer(values) -> list[str]:
@@ -169,7 +134,7 @@ def _tokenizer(values) -> list[str]:
 
 def _make_pairs(
   values, folder: pathlib.Path, policy: str, drawing: Sequence[str]
-) -> list[Stage]:
+) -> list[stages.Stage]:
   """The policy's own pictures, ranked, as a prepared folder."""
   pictures, pairs = folder / 'pictures', folder / 'pairs'
   draw = [
@@ -189,15 +154,17 @@ def _make_pairs(
   source = pictures / ranking.PAIRS
   prepare = ['--format=jsonl', f'--source={source}', f'--out={pairs}']
   return [
-    Stage('draw', 'dpo_jax.tools.generate', tuple(draw)),
-    Stage('rank', 'dpo_jax.tools.rank', tuple(rank)),
-    Stage('prepare', 'dpo_jax.tools.prepare', tuple(prepare), whole=pairs),
+    stages.Stage('draw', 'dpo_jax.tools.generate', tuple(draw)),
+    stages.Stage('rank', 'dpo_jax.tools.rank', tuple(rank)),
+    stages.Stage(
+      'prepare', 'dpo_jax.tools.prepare', tuple(prepare), whole=pairs
+    ),
   ]
 
 
 def _train(
   values, folder: pathlib.Path, policy: str, overrides: Sequence[str]
-) -> Stage:
+) -> stages.Stage:
   """From the policy, which is also the reference."""
   words = [
     f'--config={values.config}',
@@ -207,12 +174,12 @@ def _train(
     f'--config.model.folder={policy}',
     f'--config.data.path={folder / "pairs"}',
   ]
-  return Stage('train', 'dpo_jax.main', tuple(words))
+  return stages.Stage('train', 'dpo_jax.main', tuple(words))
 
 
 def _compare(
   values, folder: pathlib.Path, base: pathlib.Path, drawing: Sequence[str]
-) -> list[Stage]:
+) -> list[stages.Stage]:
   """What was trained against the first model."""
   aligned = folder / 'aligned'
   draw = [f'--model={folder / "run" / "export"}', f'--out={aligned}', *drawing]
@@ -225,43 +192,9 @@ def _compare(
     *_tokenizer(values),
   ]
   return [
-    Stage('draw the comparison', 'dpo_jax.tools.generate', tuple(draw)),
-    Stage('compare', 'dpo_jax.tools.evaluate', tuple(compare)),
+    stages.Stage('draw the comparison', 'dpo_jax.tools.generate', tuple(draw)),
+    stages.Stage('compare', 'dpo_jax.tools.evaluate', tuple(compare)),
   ]
-
-
-class Record:
-  """WORKDIR/rounds.json: stages that are done, and results."""
-
-  def __init__(self, workdir: pathlib.Path):
-    """Reads what is there."""
-    self._path = workdir / 'rounds.json'
-    self.values: dict[str, Any] = {'stages': {}}
-    if self._path.is_file():
-      self.values = json.loads(self._path.read_text())
-
-  def is_done(self, stage: Stage) -> bool:
-    """Whether it is; ValueError where it was with other flags."""
-    known = self.values['stages'].get(stage.name)
-    if known is None:
-      return False
-    if known['command'] != stage.text:
-      raise ValueError(
-        f'{self._path}: {stage.name} was done by {known["command"]!r} and not '
-        f'by {stage.text!r}; give the same flags, or another --workdir'
-      )
-    return True
-
-  def add(self, stage: Stage, seconds: float) -> None:
-    """Notes that a stage is done."""
-    entry = {'command': stage.text, 'seconds': round(seconds, 1)}
-    self.values['stages'][stage.name] = entry
-    self.write()
-
-  def write(self) -> None:
-    """Writes the file whole."""
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    folders.write_json(folders.to_path(self._path), self.values)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -269,24 +202,14 @@ def main(argv: Sequence[str]) -> None:
 
   Raises StageError where a stage failed.
   """
-  stages = plan(argv)
+  planned = plan(argv)
   values, _, _ = _parse(argv)
   if values.dry_run:
-    print('\n'.join(stage.text for stage in stages))
+    print('\n'.join(stage.text for stage in planned))
     return
   root = pathlib.Path(values.workdir)
-  record = Record(root)
-  left = [stage for stage in stages if not record.is_done(stage)]
-  for number, stage in enumerate(left, len(stages) - len(left) + 1):
-    print(
-      f'[{number}/{len(stages)}] {stage.name}: {stage.text}',
-      file=sys.stderr,
-      flush=True,
-    )
-    started = time.monotonic()
-    if stage.whole is None or not stage.whole.exists():
-      _run(stage)
-    record.add(stage, time.monotonic() - started)
+  record = stages.Record(root)
+  stages.run_missing(planned, record)
   record.values['rounds'] = [
     read_round(root / f'round_{number}')
     for number in range(1, values.rounds + 1)
@@ -294,24 +217,6 @@ def main(argv: Sequence[str]) -> None:
   record.write()
   _save_samples(root, values.rounds)
   print(describe(record.values['rounds']))
-
-
-def _run(stage: Stage) -> None:
-  """Runs it to its end; a signal that would stop us stops it first."""
-  command = [sys.executable, '-m', stage.module, *stage.words]
-  process = subprocess.Popen(command)
-  before = signal.signal(
-    signal.SIGTERM, lambda number, _: process.send_signal(number)
-  )
-  try:
-    code = process.wait()
-  except KeyboardInterrupt:
-    # The terminal sends it to both; a training saves its step.
-    code = process.wait()
-  finally:
-    signal.signal(signal.SIGTERM, before)
-  if code:
-    raise StageError(stage, code if code > 0 else 128 - code)
 
 
 def read_round(folder: pathlib.Path) -> dict[str, Any]:
@@ -363,11 +268,7 @@ def _save_samples(root: pathlib.Path, rounds: int) -> None:
 
 def run(argv: Sequence[str]) -> int:
   """The exit code."""
-  try:
-    return arguments.run(main, argv)
-  except StageError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return error.code
+  return stages.exit_code(main, argv)
 
 
 if __name__ == '__main__':

@@ -92,6 +92,16 @@ def test_networks_have_all_the_malign_and_benign_ones_of_their_own():
   assert most[liked == 0].sum() == most[liked == 1].sum() == 10
 
 
+def test_where_most_are_malign_the_malign_ones_are_dealt():
+  liked = np.array([1, 0] * 10 + [0] * 30, np.float32)
+  members = labels.draw(liked, networks=5, per_class=8, seed=3)
+  benign, malign = members[liked == 1], members[liked == 0]
+  assert (benign.sum(0) == 8).all() and (benign.all(1) == benign.any(1)).all()
+  assert (malign.sum(0) == 8).all() and (malign.sum(1) == 1).all()
+  one = labels.choose(liked, 'union', networks=4, per_class=10, seed=3)
+  assert one.shape == (50, 1) and one.all()
+
+
 def test_variants_choose_among_the_same_draws():
   liked = np.array([1, 0] * 10 + [1] * 30, np.float32)
   options = {'networks': 3, 'per_class': 5, 'seed': 0}

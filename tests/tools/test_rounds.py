@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dpo_jax import main as main_lib
-from dpo_jax.tools import rounds
+from dpo_jax.tools import rounds, stages
 
 JUDGE = 'classifier=examples/emoji/judge'
 TINY = [
@@ -72,25 +72,25 @@ def flag(stage, name):
 
 
 def test_each_round_goes_on_from_the_last(words, tmp_path):
-  stages = rounds.plan([*words, '--rounds=2', '--min_gap=2.5', '--pairs=all'])
+  planned = rounds.plan([*words, '--rounds=2', '--min_gap=2.5', '--pairs=all'])
   root = tmp_path / 'loop'
-  assert len(stages) == 1 + 2 * 6
-  assert len({stage.name for stage in stages}) == len(stages)
+  assert len(planned) == 1 + 2 * 6
+  assert len({stage.name for stage in planned}) == len(planned)
   first = 'examples/emoji/model'
-  assert flag(find(stages, 'base'), 'model') == first
+  assert flag(find(planned, 'base'), 'model') == first
   export = str(root / 'round_1' / 'run' / 'export')
   for number, model in ((1, first), (2, export)):
-    draw = find(stages, f'round {number}: draw')
-    train = find(stages, f'round {number}: train')
+    draw = find(planned, f'round {number}: draw')
+    train = find(planned, f'round {number}: train')
     assert flag(draw, 'model') == model
     assert flag(train, 'config.model.folder') == model
     assert flag(train, 'config.data.path').endswith(f'round_{number}/pairs')
-    rank = find(stages, f'round {number}: rank')
+    rank = find(planned, f'round {number}: rank')
     assert flag(rank, 'min_gap') == '2.5' and flag(rank, 'pairs') == 'all'
     # Both are compared with the first model.
-    compare = find(stages, f'round {number}: compare')
+    compare = find(planned, f'round {number}: compare')
     assert flag(compare, 'a') == str(root / 'base')
-  seeds = [flag(s, 'seed') for s in stages if s.module.endswith('generate')]
+  seeds = [flag(s, 'seed') for s in planned if s.module.endswith('generate')]
   base, one, again, two, last = seeds
   assert base == again == last and len({base, one, two}) == 3
 
@@ -102,19 +102,19 @@ def test_a_whole_round_that_was_stopped(words, tmp_path, monkeypatch, capsys):
     done.append(stage.name)
     in_process(stage)
 
-  monkeypatch.setattr(rounds, '_run', count)
+  monkeypatch.setattr(stages, 'run', count)
   root = tmp_path / 'loop'
 
   def stop(stage):
     count(stage)
     if stage.name == 'round 1: prepare':
       # Killed before anybody wrote down that it is done.
-      raise rounds.StageError(stage, 4)
+      raise stages.StageError(stage, 4)
 
-  monkeypatch.setattr(rounds, '_run', stop)
+  monkeypatch.setattr(stages, 'run', stop)
   assert rounds.run(words) == 4
   assert 'round 1: prepare ended with exit code 4' in capsys.readouterr().err
-  monkeypatch.setattr(rounds, '_run', count)
+  monkeypatch.setattr(stages, 'run', count)
   assert rounds.run(words) == 0
   # Nothing twice, all in order.
   assert done == [stage.name for stage in rounds.plan(words)]
@@ -159,7 +159,7 @@ def test_a_whole_round_that_was_stopped(words, tmp_path, monkeypatch, capsys):
 def test_bad_input_is_found_before_anything_runs(
   words, word, text, monkeypatch, capsys, tmp_path
 ):
-  monkeypatch.setattr(rounds, '_run', None)
+  monkeypatch.setattr(stages, 'run', None)
   assert rounds.run([*words, word]) == 2
   error = capsys.readouterr().err
   assert text in error and error.count('\n') == 1
@@ -175,8 +175,8 @@ def test_commands_can_be_read_first(words, capsys, tmp_path):
 
 
 def test_a_stage_that_fails_ends_the_loop():
-  with pytest.raises(rounds.StageError) as caught:
-    rounds._run(rounds.Stage('rank', 'dpo_jax.tools.rank', ('--help_me',)))
+  with pytest.raises(stages.StageError) as caught:
+    stages.run(stages.Stage('rank', 'dpo_jax.tools.rank', ('--help_me',)))
   assert caught.value.code == 2
 
 
@@ -193,13 +193,13 @@ def test_sigterm_reaches_the_stage(tmp_path):
   )
   code = (
     'import sys\n'
-    'from dpo_jax.tools import rounds\n'
+    'from dpo_jax.tools import stages\n'
     'try:\n'
-    "  rounds._run(rounds.Stage('x', 'stage', ()))\n"
-    'except rounds.StageError as error:\n'
+    "  stages.run(stages.Stage('x', 'stage', ()))\n"
+    'except stages.StageError as error:\n'
     '  sys.exit(error.code)\n'
   )
-  root = pathlib.Path(rounds.__file__).parents[2]
+  root = pathlib.Path(stages.__file__).parents[2]
   process = subprocess.Popen(
     [sys.executable, '-c', code],
     cwd=tmp_path,
