@@ -280,7 +280,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ('pool', 600),
     ('labeller_steps', 400),
     ('reward_steps', 3000),
-    ('align_steps', 150),
+    ('align_steps', 0),
   ):
     parser.add_argument(f'--{name}', type=int, default=value)
   parser.add_argument('--table', action='store_true')

@@ -256,7 +256,10 @@ def align(
   seed: int,
   mesh: jax.sharding.Mesh,
 ) -> types.Params:
-  """The UNet after a run of `dpo_jax.main` on the pairs; resumes."""
+  """The UNet after a run of `dpo_jax.main` on the pairs; resumes.
+
+  num_steps: 0 for as many as configs/censoring.py says.
+  """
   numbers = ','.join(f'{name}={value}' for name, value in arm.numbers)
   command = [
     sys.executable,
@@ -266,10 +269,11 @@ def align(
     f'--workdir={workdir}',
     f'--config.model.folder={model_folder}',
     f'--config.data.path={pairs}',
-    f'--config.train.num_steps={num_steps}',
     f'--config.seed={seed}',
     f'--config.data.label_noise={1.0 if arm.away else 0.0}',
   ]
+  if num_steps:
+    command.append(f'--config.train.num_steps={num_steps}')
   command += [
     f'--config.objective.numbers.{word}' for word in numbers.split(',') if word
   ]

@@ -13,7 +13,7 @@ trains the reward anew on the labels of all rounds. There are as many rounds as
 numbers of --iterations.
 
 Without --labeller a person labels: the tool ends with code 5 and says how, and
-the same command goes on. He may stop when there are enough of both classes. A
+the same command goes on. They may stop when there are enough of both classes. A
 labeller is a scorer of single pictures as tools.vote takes it.
 
 Every stage is a command of its own, printed before it runs: tools.generate,
