@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 
 from dpo_jax.evaluate import comparison
@@ -10,6 +11,8 @@ from dpo_jax.evaluate import comparison
 PAIRS, LIKES = 'pairs', 'likes'
 CHOICES = {PAIRS: ('a', 'b', 'tie'), LIKES: ('benign', 'malign', 'unsure')}
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp')
+# What tools.generate lays beside its pictures, a file or one a page.
+CONTACT_SHEET = re.compile(r'contact_sheet(-\d+)?\.png')
 # Wallace et al. 2024, section 5.1: what people are asked of a pair.
 QUESTIONS = {
   'q1': 'Which image do you prefer, given the prompt?',
@@ -57,7 +60,7 @@ def open_pictures(folder: str) -> list[Item]:
     for path in root.rglob('*')
     if path.suffix.lower() in SUFFIXES
     and path.is_file()
-    and path.name != 'contact_sheet.png'
+    and not CONTACT_SHEET.fullmatch(path.name)
   )
   if not found:
     raise ValueError(
