@@ -23,7 +23,6 @@ after the first, over that of the plain sampler; of rejection that times draws.
 
 import argparse
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -41,7 +40,7 @@ from dpo_jax.tools import judge
 
 MODEL = 'examples/emoji/model'
 DRAWING = ('--sampler=ddim', '--steps=15', '--guidance_scale=2.0')
-IMAGES, BATCH = 3, 18
+BATCH = 18
 # A network's labels of each class; networks of an ensemble; of the pool.
 MALIGN, NETWORKS, POOL_SEED, POOL_IMAGES = 30, 5, 1000, 4
 # Of rewards: what configs/reward.py:sd says of larger pictures, in small.
@@ -71,11 +70,11 @@ class Arm:
 
 ARMS = {
   'none': Arm(),
-  'guided': Arm('union', ('--reward_scale=1',)),
-  'guided_r4': Arm('union', ('--reward_scale=1', '--recurrence=4')),
-  'guided_b5': Arm('union', ('--reward_scale=1', '--backward_steps=5')),
-  'time': Arm('time', ('--reward_scale=1',)),
-  'ensemble': Arm('ensemble', ('--reward_scale=1',)),
+  'guided': Arm('union', ('--reward_scale=4',)),
+  'guided_r4': Arm('union', ('--reward_scale=4', '--recurrence=4')),
+  'guided_b5': Arm('union', ('--reward_scale=4', '--backward_steps=5')),
+  'time': Arm('time', ('--reward_scale=4',)),
+  'ensemble': Arm('ensemble', ('--reward_scale=4',)),
   'rejection': Arm('union', ('--reject=0.35',)),
 }
 
@@ -169,11 +168,10 @@ class Draw:
     self._root = flags.workdir / f'{number}'
     self._prompts = flags.workdir / 'prompts.txt'
 
-  def _generate(self, folder: pathlib.Path, *words: str) -> None:
-    marks = table.marks_path(folder)
-    if marks.is_file():
+  def _generate(self, folder: pathlib.Path, asked: int, *words: str) -> None:
+    if table.read_marks(folder)[0] >= asked:
       return
-    found = run_command(
+    marks = run_command(
       'dpo_jax.tools.generate',
       f'--model={MODEL}',
       f'--prompts={self._prompts}',
@@ -182,7 +180,7 @@ class Draw:
       *DRAWING,
       *words,
     )
-    marks.write_text(json.dumps(found))
+    table.write_marks(folder, asked, marks)
 
   def labels(self) -> pathlib.Path:
     """The folder that tools.judge exported."""
@@ -191,6 +189,7 @@ class Draw:
     if not (out / 'votes.json').is_file():
       self._generate(
         pool,
+        table.PROMPTS * POOL_IMAGES,
         f'--seed={POOL_SEED + self._number}',
         f'--images_per_prompt={POOL_IMAGES}',
       )
@@ -223,14 +222,15 @@ class Draw:
     arm, folder = find_arm(name), self._root / name
     words = [
       f'--seed={self._number}',
-      f'--images_per_prompt={IMAGES}',
+      f'--images_per_prompt={table.IMAGES}',
       *arm.flags,
     ]
     if self._flags.limit:
       words.append(f'--limit={self._flags.limit}')
     if arm.reward:
       words.append(f'--reward={self.reward(arm.reward)}')
-    self._generate(folder, *words)
+    prompts = self._flags.limit or table.PROMPTS
+    self._generate(folder, table.IMAGES * prompts, *words)
     return folder
 
 
@@ -263,17 +263,16 @@ def main(argv: Sequence[str]) -> int:
     flags = parse(argv)
     if not (flags.workdir / 'prompts.txt').is_file():
       write_prompts(flags.workdir / 'prompts.txt')
-    asked = len((flags.workdir / 'prompts.txt').read_text().splitlines())
     real, rows, found = table.read_real(), {}, {}
     for number in flags.draws:
       for name in flags.arms:
         folder = flags.workdir / f'{number}' / name
         if not flags.table:
           folder = Draw(flags, number).pictures(name)
-        if table.marks_path(folder).is_file():
+        if table.read_marks(folder)[0]:
           found.setdefault(name, []).append(folder)
     for name, folders in found.items():
-      rows[name] = table.measure(folders, IMAGES * (flags.limit or asked), real)
+      rows[name] = table.measure(folders, real, flags.limit or table.PROMPTS)
     print(table.markdown(rows))
     if flags.grid:
       root = flags.workdir / f'{flags.draws[0]}'

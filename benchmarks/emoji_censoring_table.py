@@ -5,6 +5,7 @@ import json
 import pathlib
 import statistics
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colors
@@ -15,7 +16,7 @@ from dpo_jax.evaluate import comparison, grid, retrieval, stats
 from dpo_jax.tools import censoring
 
 REAL = 'examples/emoji/pairs.parquet'
-PROMPTS = 72
+PROMPTS, IMAGES = 72, 3
 
 
 def blue_share(pixels: np.ndarray) -> np.ndarray:
@@ -57,9 +58,28 @@ def read_real() -> tuple[list[str], np.ndarray]:
   return list(found.captions), pixels
 
 
-def marks_path(folder: pathlib.Path) -> pathlib.Path:
-  """What `run_command` said of a folder; it is there when that is complete."""
+def _marks_path(folder):
   return folder.parent / f'{folder.name}.marks.json'
+
+
+def write_marks(
+  folder: pathlib.Path, asked: int, marks: Sequence[tuple[int, float]]
+) -> None:
+  """Notes that a folder has all of the pictures that were asked for.
+
+  marks: (pictures made, processor seconds so far) of each batch.
+  """
+  record = {'asked': asked, 'marks': marks}
+  _marks_path(folder).write_text(json.dumps(record))
+
+
+def read_marks(folder: pathlib.Path) -> tuple[int, list[list[float]]]:
+  """(pictures asked for, marks) of a folder; none before it is complete."""
+  path = _marks_path(folder)
+  if not path.is_file():
+    return 0, []
+  record = json.loads(path.read_text())
+  return record['asked'], record['marks']
 
 
 def read_pictures(folder: pathlib.Path) -> tuple[list[dict], np.ndarray]:
@@ -78,39 +98,36 @@ def batch_seconds(marks: Sequence[Sequence[float]]) -> Iterator[float]:
 
 def measure(
   folders: Sequence[pathlib.Path],
-  asked: int,
   real: tuple[list[str], np.ndarray],
-) -> dict:
-  """What the table says of an arm's folders, `asked` pictures in each."""
+  prompts: int,
+) -> dict[str, Any]:
+  """What the table says of an arm's folders: of their first prompts."""
   captions, gallery = real
   gallery = gallery / np.float32(127.5) - 1
-  malign, shown, draws, made = [], [], 0, 0
+  malign, shown, tries, missing = [], [], 0, 0
   for folder in folders:
+    asked = min(read_marks(folder)[0], prompts * IMAGES)
     entries, pixels = read_pictures(folder)
+    keep = [int(entry['id']) < prompts for entry in entries]
+    entries = list(itertools.compress(entries, keep))
+    pixels = pixels[keep]
     malign.append(is_blue(pixels))
     nearest = retrieval.nearest(pixels / np.float32(127.5) - 1, gallery)
-    shown.append(
-      np.array(
-        [
-          captions[i] == e['prompt']
-          for i, e in zip(nearest, entries, strict=True)
-        ]
-      )
-    )
-    made += len(entries)
-    draws += sum(entry.get('tries', 1) for entry in entries)
-    draws += (asked - len(entries)) * censoring.TRIES
+    found = [captions[i] for i in nearest]
+    shown.append(np.array([e['prompt'] for e in entries]) == np.array(found))
+    tries += sum(entry.get('tries', 1) for entry in entries)
+    missing += asked - len(entries)
   good = np.concatenate(shown) & ~np.concatenate(malign)
-  missing = [False] * (asked * len(folders) - made)
-  marks = [json.loads(marks_path(f).read_text()) for f in folders]
-  seconds = [value for some in marks for value in batch_seconds(some)]
+  seconds = [
+    value for f in folders for value in batch_seconds(read_marks(f)[1])
+  ]
   return {
-    'made': made,
+    'made': len(good),
     'malign': stats.share(np.concatenate(malign)),
     'each': [float(some.mean()) for some in malign],
     'shown': stats.share(np.concatenate(shown)),
-    'good': stats.share([*good.tolist(), *missing]),
-    'draws': draws / made,
+    'good': stats.share([*good, *[False] * missing]),
+    'draws': (tries + missing * censoring.TRIES) / len(good),
     'seconds': statistics.median(seconds) if seconds else float('nan'),
   }
 
