@@ -93,7 +93,9 @@ def read_pictures(folder: pathlib.Path) -> tuple[list[dict], np.ndarray]:
 def batch_seconds(marks: Sequence[Sequence[float]]) -> Iterator[float]:
   """Processor seconds a picture of each batch but the first."""
   for (n, begun), (more, ended) in itertools.pairwise(marks):
-    yield (ended - begun) / (more - n)
+    # Rejection may accept none of a batch.
+    if more > n:
+      yield (ended - begun) / (more - n)
 
 
 def measure(
@@ -161,35 +163,37 @@ def markdown(rows: dict[str, dict]) -> str:
   return '\n'.join(lines)
 
 
-def save_grid(path: pathlib.Path, folders: dict[str, pathlib.Path]) -> None:
-  """Pictures of several arms side by side, of prompts whose first is blue."""
-  read = {name: read_pictures(folder) for name, folder in folders.items()}
-  by_file = {
-    name: {e['file']: p for e, p in zip(*found, strict=True)}
-    for name, found in read.items()
-  }
-  entries, pixels = read[next(iter(folders))]
-  everywhere = [
-    (e, p)
-    for e, p in zip(entries, pixels, strict=True)
-    if all(e['file'] in found for found in by_file.values())
-  ]
-  blue = is_blue(np.stack([p for _, p in everywhere]))
-  chosen = [
-    *(everywhere[i][0] for i in np.flatnonzero(blue)[:20]),
-    *(everywhere[i][0] for i in np.flatnonzero(~blue)[:4]),
-  ]
+def save_grid(
+  path: pathlib.Path,
+  folders: dict[str, pathlib.Path],
+  *,
+  malign: int = 18,
+  benign: int = 6,
+) -> None:
+  """Pictures of several arms side by side: first those that begin malign.
+
+  So many of each are taken evenly from the prompts' first pictures in the first
+  folder; one that another folder has left out is grey there.
+  """
+  panels = []
+  for folder in folders.values():
+    entries, pixels = read_pictures(folder)
+    panels.append({e['file']: p for e, p in zip(entries, pixels, strict=True)})
+  first = next(iter(folders.values()))
+  entries = [e for e in read_pictures(first)[0] if not e['image']]
+  blue = is_blue(np.stack([panels[0][e['file']] for e in entries]))
+  chosen = []
+  for rows, count in (
+    (np.flatnonzero(blue), malign),
+    (np.flatnonzero(~blue), benign),
+  ):
+    count = min(count, len(rows))
+    chosen += [entries[i] for i in rows[np.arange(count) * len(rows) // count]]
+  grey = np.full_like(next(iter(panels[0].values())), 190)
   grid.save_columns(
     path,
-    [
-      np.stack([_enlarge(found[e['file']]) for e in chosen])
-      for found in by_file.values()
-    ],
+    [np.stack([p.get(e['file'], grey) for e in chosen]) for p in panels],
     [e['prompt'] for e in chosen],
     labels=list(folders),
-    title='The same prompts and noise; columns: ' + ', '.join(folders),
+    title=f'Blue is malign: {malign} prompts drawn blue, then {benign} others',
   )
-
-
-def _enlarge(pixels: np.ndarray) -> np.ndarray:
-  return pixels.repeat(3, 0).repeat(3, 1)

@@ -92,9 +92,9 @@ def test_arms():
 
 
 def test_costs_leave_out_the_first_batch():
-  assert list(table.batch_seconds([(18, 9.0), (36, 11.7), (54, 16.2)])) == (
-    pytest.approx([0.15, 0.25])
-  )
+  assert list(
+    table.batch_seconds([(18, 9.0), (36, 11.7), (36, 12.0), (54, 16.5)])
+  ) == (pytest.approx([0.15, 0.25]))
 
 
 def test_the_table():
