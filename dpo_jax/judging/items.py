@@ -12,9 +12,9 @@ PAIRS, LIKES = 'pairs', 'likes'
 # The only one of single pictures.
 LIKES_QUESTION = 'likes'
 CHOICES = {PAIRS: ('a', 'b', 'tie'), LIKES: ('benign', 'malign', 'unsure')}
-# Of tools.generate: one page, or more of them.
-SHEET = re.compile(r'contact_sheet(-\d+)?\.png')
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp')
+# What tools.generate lays beside its pictures, a file or one a page.
+CONTACT_SHEET = re.compile(r'contact_sheet(-\d+)?\.png')
 # Wallace et al. 2024, section 5.1: what people are asked of a pair.
 QUESTIONS = {
   'q1': 'Which image do you prefer, given the prompt?',
@@ -62,7 +62,7 @@ def open_pictures(folder: str) -> list[Item]:
     for path in root.rglob('*')
     if path.suffix.lower() in SUFFIXES
     and path.is_file()
-    and not SHEET.fullmatch(path.name)
+    and not CONTACT_SHEET.fullmatch(path.name)
   )
   if not found:
     raise ValueError(

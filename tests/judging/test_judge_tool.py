@@ -9,7 +9,7 @@ import judge_server
 import pytest
 from PIL import Image
 
-from dpo_jax.judging import export
+from dpo_jax.judging import export, items
 from dpo_jax.tools import arguments, judge, prepare
 
 
@@ -341,6 +341,13 @@ def test_likes_a_page_at_a_time(start, folders, tmp_path):
   assert len(pairs) == 2 and {one['loser'] for one in pairs} == bad
   for pair in pairs:
     assert (pair['caption'], pair['winner']) == (good['caption'], good['image'])
+
+
+def test_contact_sheets_are_no_pictures(tmp_path):
+  for name in ('a_0', 'contact_sheet_0', 'contact_sheet', 'contact_sheet-01'):
+    Image.new('RGB', (4, 4)).save(tmp_path / f'{name}.png')
+  found = [item.key for item in items.open_pictures(str(tmp_path))]
+  assert found == ['a_0.png', 'contact_sheet_0.png']
 
 
 def test_likes_are_crossed_within_a_prompt_or_all():
