@@ -110,12 +110,12 @@ def _check(values, overrides: Sequence[str]) -> None:
       '--config.data.path=.',
     ]
   )
-  limits.validate(config)
   if config.task != 'reward':
     raise ValueError(
       f'--config={values.config}: trains task {config.task}; name a recipe of '
       'rewards'
     )
+  limits.validate(config)
   for text, threshold in (_labeller(values), _judge(values)):
     if text:
       vote.check_scorer(text, threshold)

@@ -68,6 +68,9 @@ def train(opened, source, **options):
   )
   optimizer = optax.adamw(2e-5)
   state = state_lib.init_state(task.params, optimizer, use_ema=False)
+  # Placed as a step leaves it: else the second step is compiled anew.
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  state = jax.device_put(state, sharding.replicated(mesh))
   step = jax.jit(step_lib.make_step(task.loss, optimizer))
   iterator = batches(opened, source)
   losses = []
