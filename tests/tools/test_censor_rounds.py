@@ -98,6 +98,62 @@ def test_each_round_draws_with_the_last_censor(words, tmp_path):
   )
 
 
+def by_turns(stage):
+  """Votes for a scorer: every second picture is malign."""
+  items = items_lib.open_pictures(flag(stage, 'likes'))
+  votes = votes_lib.open_for(flag(stage, 'votes'), items, mode=items_lib.LIKES)
+  sent = [
+    {'item': item.key, 'question': 'likes', 'choice': choice}
+    for item, choice in zip(items, ['malign', 'benign'] * ITEMS, strict=False)
+  ]
+  votes.add('sending0', 'reward', sent)
+  votes.close()
+
+
+def test_a_loop_that_was_stopped(
+  words, tiny_pixel_folder, tmp_path, monkeypatch, capsys
+):
+  done = []
+
+  def stop(stage):
+    if stage.name == 'round 2: draw':
+      raise stages.StageError(stage, 3)
+    done.append(stage.name)
+    (by_turns if stage.module.endswith('vote') else in_process)(stage)
+
+  words += [
+    f'--model={tiny_pixel_folder}',
+    f'--eval_prompts={tmp_path / "eval.txt"}',
+    '--iterations=1',
+  ]
+  longer = [*words, '--iterations=1,1']
+  monkeypatch.setattr(stages, 'run', stop)
+  assert censor_rounds.run(longer) == 3
+  assert 'round 2: draw ended with exit code 3' in capsys.readouterr().err
+  before = list(done)
+  # One round is the beginning of two: nothing is made twice.
+  assert censor_rounds.run(words) == 0
+  assert done == before
+  out = capsys.readouterr().out
+  root = tmp_path / 'loop'
+  found = json.loads((root / 'rounds.json').read_text())
+  (one,) = found['rounds']
+  lines = (root / 'round_1' / 'labels' / 'likes.jsonl').read_text().splitlines()
+  liked = [json.loads(line)['liked'] for line in lines]
+  assert liked.count(True) == one['labels']['benign'] == 2
+  assert liked.count(False) == one['labels']['malign'] == 2
+  assert one['labelled'] == ITEMS
+  text = '2 malign and 2 benign labels, of 8 pictures; with its censor'
+  assert f'round 1: {text}' in out and 'without a censor: ' in out
+  for share in (found['base'], one['malign'], one['malign_among_labelled']):
+    assert share['n'] == ITEMS
+    assert share['low'] < share['value'] == 0.5 < share['high']
+  with Image.open(root / 'samples.png') as sheet:
+    assert sheet.width > sheet.height > 96
+  assert censor_rounds.run([*words, '--per_class=1']) == 2
+  assert 'give the same flags' in capsys.readouterr().err
+
+
 def _vote(folder, choices, number):
   """A person's votes on some pictures, by their numbers."""
   items = items_lib.open_pictures(str(folder / 'pictures'))
