@@ -203,9 +203,12 @@ def keep_accepted(
   todo = np.flatnonzero(missing)
   counted = {'draws': 0, 'kept': 0, 'seconds': 0.0}
 
-  def draw(places, numbers):
-    started = time.perf_counter()
-    made = [part for _, part in batches(places, numbers)]
+  def draw(places, numbers, bar=None):
+    started, made = time.perf_counter(), []
+    for rows, part in batches(places, numbers):
+      made.append(part)
+      if bar is not None:
+        bar.update(rows.stop, {})
     counted['draws'] += len(places)
     counted['seconds'] += time.perf_counter() - started
     return tuple(
@@ -263,7 +266,8 @@ def _threshold(draw, seeds, pictures, values):
   if np.isfinite(known):
     return float(known), []
   places = np.arange(min(len(seeds), CALIBRATION))
-  images, found = draw(places, seeds[places])
+  with progress.Progress(0, len(places), label='first draws') as bar:
+    images, found = draw(places, seeds[places], bar)
   threshold = rejection.find_threshold(found, values.reject)
   # As log r itself is, and as other processes read it.
   threshold = float(np.float32(threshold))
