@@ -36,7 +36,6 @@ from benchmarks import emoji_censoring_table as table
 from dpo_jax.data import images as images_lib
 from dpo_jax.judging import items as items_lib
 from dpo_jax.judging import votes as votes_lib
-from dpo_jax.tools import judge
 
 MODEL = 'examples/emoji/model'
 DRAWING = ('--sampler=ddim', '--steps=15', '--guidance_scale=2.0')
@@ -113,15 +112,14 @@ def label(folder: pathlib.Path, votes: pathlib.Path) -> None:
   """Votes on a folder's pictures by the rule, as the likes page writes them."""
   pictures = items_lib.open_pictures(str(folder))
   digest = items_lib.digest(pictures)
-  header = {'mode': items_lib.LIKES, 'items': len(pictures), 'sha256': digest}
   wanted = {'malign': MALIGN, 'benign': MALIGN * NETWORKS}
   votes.unlink(missing_ok=True)
-  file = votes_lib.VoteFile(votes, header=header)
+  file = votes_lib.open_for(votes, pictures, mode=items_lib.LIKES)
   try:
     for one in items_lib.order(pictures, 'rule', digest):
       malign = table.is_blue(images_lib.load(one.pictures[0])[None])[0]
       choice = 'malign' if malign else 'benign'
-      vote = {'item': one.key, 'question': judge.LIKES_QUESTION}
+      vote = {'item': one.key, 'question': items_lib.LIKES_QUESTION}
       number = f'rule-{len(file.votes()):06d}'
       file.add(number, 'rule', [{**vote, 'choice': choice}])
       wanted[choice] -= 1
