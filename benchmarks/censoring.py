@@ -302,7 +302,10 @@ def main(argv: list[str]) -> int:
     if not flags.table:
       run_missing(bench, flags)
     path = flags.workdir / 'records.jsonl'
-    records = [r for r in methods_table.read(path) if r['seed'] in flags.draws]
+    records = sorted(
+      (r for r in methods_table.read(path) if r['seed'] in flags.draws),
+      key=lambda record: record['seed'],
+    )
     arms = [
       name for name in flags.arms if any(r['method'] == name for r in records)
     ]

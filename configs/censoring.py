@@ -15,7 +15,7 @@ import ml_collections
 from configs import common
 
 # Numbers of the objective, steps, rate. The pictures that are trained on are
-# few: with 150 steps dpo draws nothing malign, and next to one seven only.
+# few: with 150 steps dpo draws nothing malign, far from the data.
 VARIANTS = {
   'dpo': ({'beta': 2000.0}, 30, 5e-5),
   'duo': ({'beta': 2000.0, 'weight': 1e5}, 60, 5e-5),
