@@ -49,7 +49,7 @@ def check(config: ml_collections.ConfigDict) -> list[str]:
   return (
     _check_ignored(config)
     + _check_networks(config)
-    + _check_features(config.reward)
+    + _check_features(config)
     + _check_copies(config.reward)
   )
 
@@ -120,8 +120,9 @@ def _check_networks(config) -> list[str]:
   return problems
 
 
-def _check_features(settings) -> list[str]:
+def _check_features(config) -> list[str]:
   """Of kind `features`, a head on CLIP, and of none but it."""
+  settings = config.reward
   if settings.kind != 'features':
     if settings.clip:
       return [
@@ -134,6 +135,11 @@ def _check_features(settings) -> list[str]:
     problems.append(
       'reward.clip is empty: reward.kind=features stands on the pictures that '
       'CLIP embeds; name the folder of one'
+    )
+  if config.model.folder:
+    problems.append(
+      f'model.folder={config.model.folder!r}: reward.kind=features looks at no '
+      'generator; leave it empty'
     )
   if settings.space != 'pixels':
     problems.append(

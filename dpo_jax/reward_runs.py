@@ -92,7 +92,9 @@ def make_parts(
   )
 
 
-def _make_clip_parts(config: ml_collections.ConfigDict, *, networks: int):
+def _make_clip_parts(
+  config: ml_collections.ConfigDict, *, networks: int
+) -> Parts:
   """Heads on the embeddings of a CLIP, which looks at pixels."""
   clip = clip_features.open_features(config.reward.clip)
   side = config.data.resolution

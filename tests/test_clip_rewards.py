@@ -144,6 +144,7 @@ def test_labels_make_a_head_that_guides_and_judges(
   [
     ({'reward__clip': ''}, 'reward.clip is empty: reward.kind=features'),
     ({'reward__clip': 'tests'}, 'tests'),
+    ({'model__folder': 'examples/emoji/model'}, 'looks at no generator'),
     ({'reward__kind': 'clean'}, ': is for reward.kind=features; leave it'),
     ({'reward__space': 'latents'}, "reward.space='latents': CLIP looks at"),
     ({'reward__widths': '(8,8)'}, 'reward.widths=(8, 8): reward.kind=features'),
