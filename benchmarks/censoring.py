@@ -46,7 +46,11 @@ ARMS = {
   'ensemble': Arm('ensemble', 1.0),
   'ensemble_r4': Arm('ensemble', 1.0, recurrence=4),
   'ensemble_r4_b5': Arm('ensemble', 1.0, recurrence=4, backward_steps=5),
+  'ensemble_reject': Arm('ensemble', 0.2, keep=0.9),
   'forward': Arm('clean', 20.0),
+  'forward_r4': Arm('clean', 20.0, recurrence=4),
+  'forward_ensemble': Arm('cleans', 4.0),
+  'forward_ensemble_r4': Arm('cleans', 4.0, recurrence=4),
   'kto': Arm(objective='kto'),
   'dpo': Arm(objective='dpo'),
   'duo': Arm(objective='duo'),
@@ -187,7 +191,7 @@ class Bench:
       negative=negative,
     )
     if arm.keep < 1:
-      pictures = pictures[sampling.select(pictures, members, count)]
+      pictures = pictures[sampling.select(pictures, members, count, arm.module)]
     path = self._folder / 'pictures' / f'{name}-{draw}.npy'
     path.parent.mkdir(exist_ok=True)
     np.save(path, pictures)

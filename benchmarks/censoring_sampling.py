@@ -38,10 +38,10 @@ class Arm:
 
   Attributes:
     networks: the reward: '' (none) | single | union | ensemble, which know
-      noise, | clean (a union that does not).
+      noise, | clean, cleans (a union and an ensemble that do not).
     scale: w.
     recurrence, backward_steps: R and B.
-    keep: the share that rejection keeps; 1 is all.
+    keep: the share that rejection by these networks keeps; 1 is all.
     objective: what the generator is trained by, '' for as it is.
     numbers: that objective's.
     away: the scale of guidance away from that trained generator, which has
@@ -58,19 +58,25 @@ class Arm:
   away: float = 0.0
 
   @property
+  def module(self) -> reward_lib.Reward:
+    """What its networks are."""
+    clean = self.networks in ('clean', 'cleans')
+    return reward_lib.Reward(CLEAN if clean else TIME)
+
+  @property
   def settings(self) -> reward_guidance.Settings | None:
     """Of the guidance; None where there is none."""
     if not self.scale and not self.backward_steps:
       return None
     return reward_guidance.Settings(
       scale=self.scale,
-      place='x_0_hat' if self.networks == 'clean' else 'x_t',
+      place='x_0_hat' if self.module.config.kind == 'clean' else 'x_t',
       backward_steps=self.backward_steps,
     )
 
   def calls(self) -> float:
     """Calls of the UNet a step and accepted picture; gradients count twice."""
-    through = 2 if self.scale and self.networks == 'clean' else 0
+    through = 2 if self.scale and self.module.config.kind == 'clean' else 0
     networks = 2 if self.away else 1
     return (networks + through) * self.recurrence / self.keep
 
@@ -140,7 +146,7 @@ class Sampler:
     if name in self._compiled:
       return self._compiled[name]
     model, plan, shape = self._model, self._plan, self._shape
-    module = reward_lib.Reward(CLEAN if arm.networks == 'clean' else TIME)
+    module = arm.module
 
     def step(unet, negative, members, keys, carry, row):
       denoise = model.make_denoise_fn(
@@ -181,22 +187,23 @@ def train_networks(
   knows no noise learns in a third of the steps.
   """
   copies, members = 10, labels.members
-  if which != 'ensemble':
+  if which not in ('ensemble', 'cleans'):
     members = np.ones((len(labels.rows), 1), np.float32)
-  networks = []
+  networks, module = [], Arm(which).module
+  clean = module.config.kind == 'clean'
   # One by one: a network's batch then is of its own labels only.
   for k, own in enumerate(members.T > 0):
     pictures = parts.augment(
       pool[labels.rows[own]], copies, degrees=20, seed=seed
     )
     networks += parts.train_rewards(
-      reward_lib.Reward(CLEAN if which == 'clean' else TIME),
+      module,
       model,
       pictures,
       np.repeat(labels.benign[own], copies),
       np.ones((len(pictures), 1), np.float32),
       benign_weight=BENIGN_WEIGHT,
-      num_steps=num_steps // 3 if which == 'clean' else num_steps,
+      num_steps=num_steps // 3 if clean else num_steps,
       batch_size=20,
       lr=RATE,
       seed=1000 * k + seed,
@@ -205,11 +212,15 @@ def train_networks(
 
 
 def select(
-  pictures: parts.Pictures, members: Sequence[types.Params], count: int
+  pictures: parts.Pictures,
+  members: Sequence[types.Params],
+  count: int,
+  module: reward_lib.Reward,
 ) -> np.ndarray:
   """Places of the `count` pictures of the largest log r, in their order."""
-  logits = parts.logits_of(reward_lib.Reward(CLEAN), members, pictures)
-  order = np.argsort(-logits.sum(-1), kind='stable')
+  logits = np.float64(parts.logits_of(module, members, pictures))
+  log_r = -np.logaddexp(0, -logits).sum(-1)
+  order = np.argsort(-log_r, kind='stable')
   return np.sort(order[:count])
 
 

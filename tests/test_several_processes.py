@@ -3,17 +3,14 @@
 import contextlib
 import json
 import os
-import pathlib
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+import two_processes
 
 from dpo_jax import build, datasets, flags, main, trees
 from dpo_jax import keys as keys_lib
@@ -22,7 +19,6 @@ from dpo_jax.train import checkpoint, feed, loop
 # On a busy machine two processes compile for minutes.
 pytestmark = pytest.mark.timeout(1800)
 
-ROOT = pathlib.Path(__file__).parent.parent
 # At beta 5000 rounding alone moves the losses by 1e-4 (tests/test_main.py).
 PAIRS = {
   'train__num_steps': 6,
@@ -38,48 +34,11 @@ ENDLESS = {
 }
 
 
-def _start(argv, log, *, devices, environment=None):
-  """Starts the command; what it says goes to the file `log`."""
-  settings = os.environ | {
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-    'PYTHONPATH': str(ROOT),
-    **(environment or {}),
-  }
-  with log.open('w') as stream:
-    return subprocess.Popen(
-      [sys.executable, '-m', 'dpo_jax.main', *argv[1:]],
-      cwd=ROOT,
-      env=settings,
-      stdout=subprocess.DEVNULL,
-      stderr=stream,
-    )
-
-
-def _free_port():
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    return probe.getsockname()[1]
-
-
 def _start_two(argv, folder, **environment):
   """Two processes of four devices each; ([process], [log])."""
-  common = {
-    'DPO_JAX_COORDINATOR': f'127.0.0.1:{_free_port()}',
-    'DPO_JAX_NUM_PROCESSES': '2',
-    **environment,
-  }
-  folder.mkdir(exist_ok=True)
-  logs = [folder / f'log{index}' for index in range(2)]
-  processes = [
-    _start(
-      argv,
-      log,
-      devices=4,
-      environment=common | {'DPO_JAX_PROCESS_ID': str(index)},
-    )
-    for index, log in enumerate(logs)
-  ]
-  return processes, logs
+  return two_processes.start(
+    'dpo_jax.main', argv[1:], folder, devices=4, **environment
+  )
 
 
 def _text(logs):

@@ -1,6 +1,5 @@
 """What tools.generate does with a reward: guidance, and rejection."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpo_jax import clip_features, loading, sharding, trees, types
+from dpo_jax import clip_features, distributed, loading, sharding, trees, types
 from dpo_jax.diffusion import reward_guidance
 from dpo_jax.evaluate import censor as censor_lib
 from dpo_jax.evaluate import generate, manifest, rejection
@@ -162,10 +161,9 @@ def open_reward(
 def _note_model(values, opened, loaded) -> None:
   known = (loaded.record['model'] or {}).get('name')
   if known and known != opened.source['name']:
-    print(
+    distributed.say(
       f'{values.reward} was trained for {known}, and this is '
       f'{opened.source["name"]}: their latents must mean the same',
-      file=sys.stderr,
     )
 
 
@@ -237,11 +235,10 @@ def keep_accepted(
       bar.update(counted['kept'], {})
   if counted['kept']:
     draws, n, seconds = counted['draws'], counted['kept'], counted['seconds']
-    print(
+    distributed.say(
       f'kept {n} pictures of {draws} draws: {draws / n:.2f} draws and '
       f'{seconds / n:.3g} s a picture, compilation included; log r '
       f'at least {threshold:.4g}',
-      file=sys.stderr,
     )
   return [entry for entry, left in zip(entries, missing, strict=True) if left]
 
@@ -272,9 +269,8 @@ def _threshold(draw, seeds, pictures, values):
   # As log r itself is, and as other processes read it.
   threshold = float(np.float32(threshold))
   if len(places) < FEW:
-    print(
+    distributed.say(
       f'the quantile {values.reject} is taken of {len(places)} draws only',
-      file=sys.stderr,
     )
   if path is not None:
     record = {'log_reward': threshold, 'quantile': values.reject}

@@ -23,6 +23,7 @@ malign, or with --reject has such pictures drawn again: docs/censoring.md.
 
 import dataclasses
 import functools
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from dpo_jax import loading, sharding, trees, types
+from dpo_jax import distributed, loading, sharding, trees, types
 from dpo_jax.diffusion import samplers
 from dpo_jax.evaluate import generate, grid, manifest
 from dpo_jax.evaluate import prompts as prompts_lib
@@ -90,7 +91,8 @@ def _parse(argv: Sequence[str]):
 
 def main(argv: Sequence[str]) -> None:
   """Generates; ValueError says what is wrong with the input."""
-  values = _parse(argv)
+  values = _parse(distributed.join(argv, os.environ))
+  distributed.check_started()
   prompts = prompts_lib.read(values.prompts)[: values.limit]
   mesh = sharding.make_mesh()
   batch_size = _batch_size(values.batch, mesh)
@@ -145,14 +147,14 @@ def _fill(values, entries, inputs, record, generate_batches, batch_size):
   """Makes what is missing in the folder."""
   # One process owns the folder and tells the others what is to be done.
   pictures, missing = None, np.ones(len(entries), bool)
-  if jax.process_index() == 0:
+  if distributed.is_primary():
     pictures = manifest.Pictures(values.out, record)
     missing[:] = [not pictures.is_done(entry) for entry in entries]
   if jax.process_count() > 1:
-    missing = multihost_utils.broadcast_one_to_all(missing)
+    missing = np.array(multihost_utils.broadcast_one_to_all(missing))
   if not missing.all():
     there = len(entries) - int(missing.sum())
-    print(f'{there} pictures are there', file=sys.stderr)
+    distributed.say(f'{there} pictures are there')
 
   def batches(rows, numbers):
     chosen = {name: array[rows] for name, array in inputs.items()}
@@ -171,7 +173,7 @@ def _fill(values, entries, inputs, record, generate_batches, batch_size):
     pictures.close([entry['file'] for entry in made])
     if made:
       _contact_sheet(pictures.path, made)
-    print(f'{len(made)} pictures in {values.out}', file=sys.stderr)
+    distributed.say(f'{len(made)} pictures in {values.out}')
   censoring.refuse_rest(rest, values)
 
 
@@ -218,9 +220,8 @@ def _check_unconditional(values) -> None:
       raise ValueError(
         f'--{name}: {values.model} is unconditional, it takes no text'
       )
-  print(
+  distributed.say(
     f'{values.model} is unconditional: the prompts only name the pictures',
-    file=sys.stderr,
   )
 
 
@@ -243,7 +244,7 @@ def _settings(values, opened: loading.Opened) -> generate.Settings:
     sampler = samplers.from_scheduler_class(own)
     if sampler is None:
       sampler = 'ddim'
-      print(f'the model names {own}; --sampler=ddim is used', file=sys.stderr)
+      distributed.say(f'the model names {own}; --sampler=ddim is used')
   size = values.size or loading.own_size(opened)
   if size is None:
     raise ValueError(f'--size is needed: {opened.base} names no sample_size')

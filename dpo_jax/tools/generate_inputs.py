@@ -1,11 +1,11 @@
 """What tools.generate draws from: entries, prompts, noise and start images."""
 
 import pathlib
-import sys
 import zlib
 
 import numpy as np
 
+from dpo_jax import distributed
 from dpo_jax.data import images as images_lib
 from dpo_jax.evaluate import generate
 from dpo_jax.evaluate import prompts as prompts_lib
@@ -44,10 +44,9 @@ def read(values, opened, refiner, prompts, entries, settings):
   negative = [entry['negative_prompt'] for entry in entries]
   cut = opened.tokenizers.encode([prompt.text for prompt in prompts])[1]
   if cut:
-    print(
+    distributed.say(
       f'{cut} of {len(prompts)} prompts are longer than the text encoder '
       'takes; their ends are cut off',
-      file=sys.stderr,
     )
   inputs = generate.prompt_batch(
     opened.model, opened.tokenizers.encode, texts, negative

@@ -105,7 +105,7 @@ def test_few_labels_censor_what_the_generator_draws(world):
       pictures, _ = sampler({}, numbers, seed=1, arm=arm, members=members)
     else:
       pictures, _ = sampler({}, np.arange(150), seed=1, arm=arm)
-      chosen = censoring_sampling.select(pictures, members, 100)
+      chosen = censoring_sampling.select(pictures, members, 100, arm.module)
       pictures = pictures[chosen]
     rates[which] = _find_malign(pictures).mean()
   assert len(np.unique(labels.rows)) == 30
