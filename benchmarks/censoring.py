@@ -44,13 +44,13 @@ ARMS = {
   'single': Arm('single', 3.0),
   'union': Arm('union', 3.0),
   'ensemble': Arm('ensemble', 1.0),
+  'ensemble_late': Arm('ensemble', 1.0, start=0.3),
+  'ensemble_late_r2': Arm('ensemble', 1.0, recurrence=2, start=0.4),
   'ensemble_r4': Arm('ensemble', 1.0, recurrence=4),
   'ensemble_r4_b5': Arm('ensemble', 1.0, recurrence=4, backward_steps=5),
   'ensemble_reject': Arm('ensemble', 0.2, keep=0.9),
   'forward': Arm('clean', 20.0),
-  'forward_r4': Arm('clean', 20.0, recurrence=4),
   'forward_ensemble': Arm('cleans', 4.0),
-  'forward_ensemble_r4': Arm('cleans', 4.0, recurrence=4),
   'kto': Arm(objective='kto'),
   'dpo': Arm(objective='dpo'),
   'duo': Arm(objective='duo'),
@@ -233,7 +233,9 @@ def digest(
 ) -> str:
   """What tells a record of these settings from one of others."""
   told = {name: getattr(flags, name) for name in names}
-  told |= dataclasses.asdict(arm)
+  # Of an arm what is not the default: a new field leaves old records theirs.
+  plain = dataclasses.asdict(Arm())
+  told |= {k: v for k, v in dataclasses.asdict(arm).items() if v != plain[k]}
   text = json.dumps(told, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 

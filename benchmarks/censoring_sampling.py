@@ -41,6 +41,7 @@ class Arm:
       noise, | clean, cleans (a union and an ensemble that do not).
     scale: w.
     recurrence, backward_steps: R and B.
+    start: the share of the trajectory before it guides.
     keep: the share that rejection by these networks keeps; 1 is all.
     objective: what the generator is trained by, '' for as it is.
     numbers: that objective's.
@@ -52,6 +53,7 @@ class Arm:
   scale: float = 0.0
   recurrence: int = 1
   backward_steps: int = 0
+  start: float = 0.0
   keep: float = 1.0
   objective: str = ''
   numbers: tuple[tuple[str, float], ...] = ()
@@ -78,7 +80,8 @@ class Arm:
     """Calls of the UNet a step and accepted picture; gradients count twice."""
     through = 2 if self.scale and self.module.config.kind == 'clean' else 0
     networks = 2 if self.away else 1
-    return (networks + through) * self.recurrence / self.keep
+    guided = (networks + through) * self.recurrence
+    return (self.start + (1 - self.start) * guided) / self.keep
 
 
 class Sampler:
@@ -132,10 +135,16 @@ class Sampler:
       noise = parts.noise_of(keys, jnp.uint32(0), self._shape)
       carry = samplers.start(self._plan.from_noise(noise))
       inputs = unet, negative, list(members), (keys, again)
-      step = self._step(arm, inputs, carry, rows[0])
+      plain = dataclasses.replace(arm, scale=0.0, recurrence=1)
+      plain = dataclasses.replace(plain, backward_steps=0)
+      steps = [
+        self._step(one, inputs, carry, rows[0])
+        for one in ((plain, arm) if arm.start else (arm, arm))
+      ]
+      first = round((1 - arm.start) * self._model.schedule.num_steps)
       begun = time.process_time()
       for row in rows:
-        carry = step(*inputs, carry, row)
+        carry = steps[int(row.row.t < first)](*inputs, carry, row)
       pictures = np.asarray(sd_lib.to_uint8(carry.state))[..., 0]
       spent += time.process_time() - begun
       made.append(pictures[: len(numbers) - start])

@@ -250,10 +250,14 @@ def sample(
     recurrence=recurrence,
     renoise_fn=renoise_fn,
   )
-  carry, _ = jax.lax.scan(
-    lambda carry, place: (step(carry, place), None), start(state), places(plan)
-  )
-  return carry.state
+  return take(step, start(state), places(plan)).state
+
+
+def take(
+  step: Callable[[Carry, Place], Carry], carry: Carry, places: Place
+) -> Carry:
+  """Takes a step at each of the places, as one loop of the program."""
+  return jax.lax.scan(lambda *now: (step(*now), None), carry, places)[0]
 
 
 def _predict_both(plan, denoise_fn, x_t, row):

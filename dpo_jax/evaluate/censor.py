@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from dpo_jax import stable_diffusion as sd_lib
@@ -34,6 +35,10 @@ class Censor:
     guidance: how much the reward may say; with scale 0 and no backward steps
       it only scores.
     recurrence: R, see samplers.make_step.
+    start: the share of the trajectory before it steers, in timesteps as
+      SDXL's denoising_start: 0.3 is below 700 of 1000. At high noise a reward
+      knows little and pushes all pictures one way (guidance in an interval:
+      Kynkaanniemi et al., 2024, arXiv 2404.07724).
     remat: one of transformer.REMAT, where there is a gradient through the
       model.
     features: of kind `features`, CLIP's, its parameters are params['clip'].
@@ -43,6 +48,7 @@ class Censor:
   decodes: bool
   guidance: reward_guidance.Settings
   recurrence: int = 1
+  start: float = 0.0
   remat: str = 'full'
   features: clip_features.ClipFeatures | None = None
 
@@ -52,6 +58,10 @@ class Censor:
     guidance = self.guidance
     acts = guidance.scale or guidance.backward_steps
     return bool(acts) or self.recurrence > 1
+
+  def first_step(self, t: Float[np.ndarray, ' s'], total: int) -> int:
+    """Index of the first step that it steers, of timesteps t out of total."""
+    return int(np.sum(t >= round(total - self.start * total)))
 
   def log_reward(
     self,

@@ -87,7 +87,8 @@ def make_sample_fn(
     images: uint8 [n H W 3], where strength is below 1 (SDEdit, Meng et al.,
       2022).
 
-  Raises ValueError for another driver.
+  Raises ValueError for another driver, and for a censor that starts after
+  the last step.
   """
   if driver not in DRIVERS:
     raise ValueError(f'driver={driver!r}: must be one of {", ".join(DRIVERS)}')
@@ -102,6 +103,8 @@ def make_sample_fn(
   if refiner is not None:
     plan = _make_plan(refiner, settings, start=settings.refiner_start)
     parts.append(part(refiner, plan, prefix='refiner_'))
+  if not any(phase.censor for part in parts for phase, _ in part.phases()):
+    _refuse_start(censor, settings)
   begin = functools.partial(_begin, parts[0])
   finish = functools.partial(_finish, parts[0])
   if driver == 'python' and censor is not None and censor.steers:
@@ -111,31 +114,41 @@ def make_sample_fn(
   def sample_fn(params, batch):
     state = begin(params, batch)
     for part in parts:
-      state = samplers.sample(
-        part.plan,
-        part.denoise_fn(params, part.encode(params, batch)),
-        state,
-        **part.noises(batch['keys']),
-      )
+      conditions, carry = part.encode(params, batch), samplers.start(state)
+      for phase, places in part.phases():
+        step = phase.make_step(params, conditions, batch['keys'])
+        carry = samplers.take(step, carry, places)
+      state = carry.state
     return finish(params, state)
 
   return sample_fn
+
+
+def _refuse_start(censor, settings):
+  if censor is not None:
+    raise ValueError(
+      f'--reward_start={censor.start} leaves the reward none of '
+      f'{settings.num_steps} steps; take more steps, or a smaller share'
+    )
 
 
 def _from_python(parts, begin, finish):
   """The same function as several programs, of which one is a step."""
   begin, finish = jax.jit(begin), jax.jit(finish)
   encoders = [jax.jit(part.encode) for part in parts]
-  steps = [jax.jit(part.step) for part in parts]
+  phases = [
+    [(jax.jit(phase.step), places) for phase, places in part.phases()]
+    for part in parts
+  ]
 
   def sample_fn(params, batch):
     state = begin(params, batch)
-    for part, encode, step in zip(parts, encoders, steps, strict=True):
-      conditions = encode(params, batch)
-      carry, places = samplers.start(state), samplers.places(part.plan)
-      for i in range(part.plan.num_steps):
-        place = jax.tree.map(lambda column, i=i: column[i], places)
-        carry = step(params, conditions, batch['keys'], carry, place)
+    for encode, own in zip(encoders, phases, strict=True):
+      conditions, carry = encode(params, batch), samplers.start(state)
+      for step, places in own:
+        for i in range(len(places.row.index)):
+          place = jax.tree.map(lambda column, i=i: column[i], places)
+          carry = step(params, conditions, batch['keys'], carry, place)
       state = carry.state
     return finish(params, state)
 
@@ -154,6 +167,21 @@ class _Part:
 
   def own(self, params):
     return params['refiner'] if self.prefix else params
+
+  def phases(self):
+    """(part, places of the steps that it makes), one after the other."""
+    places = samplers.places(self.plan)
+    if self.censor is None or not self.censor.start:
+      return [(self, places)]
+    total = self.model.schedule.num_steps
+    first = self.censor.first_step(self.plan.rows.t, total)
+    plain = dataclasses.replace(self, censor=None)
+    both = (plain, slice(0, first)), (self, slice(first, None))
+    cut = [
+      (part, jax.tree.map(lambda column, own=own: column[own], places))
+      for part, own in both
+    ]
+    return [(part, own) for part, own in cut if len(own.row.index)]
 
   def encode(self, params, batch):
     """The conditions of the two branches of guidance by text."""
@@ -197,11 +225,14 @@ class _Part:
       'renoise_fn': renoise_fn,
     }
 
+  def make_step(self, params, conditions, keys):
+    """(carry, place) -> carry."""
+    denoise_fn = self.denoise_fn(params, conditions)
+    return samplers.make_step(self.plan, denoise_fn, **self.noises(keys))
+
   def step(self, params, conditions, keys, carry, place):
     """One step, as a program of its own."""
-    denoise_fn = self.denoise_fn(params, conditions)
-    made = samplers.make_step(self.plan, denoise_fn, **self.noises(keys))
-    return made(carry, place)
+    return self.make_step(params, conditions, keys)(carry, place)
 
 
 def _begin(part, params, batch):

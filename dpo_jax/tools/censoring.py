@@ -23,6 +23,7 @@ TRIES = 20
 OF_A_REWARD = (
   'reward_clip',
   'reward_scale',
+  'reward_start',
   'recurrence',
   'backward_steps',
   'backward_rate',
@@ -39,6 +40,12 @@ def add_flags(add: Callable) -> None:
     '--reward_scale',
     type=number(float, low=0),
     help='how much it guides; default: 1, with --reject 0',
+  )
+  add(
+    '--reward_start',
+    type=number(float, low=0, high=0.999),
+    help='share of the trajectory before it guides, 0.3 of 1000 timesteps: '
+    'below 700; default: 0',
   )
   add('--recurrence', type=number(int, low=1), help='rounds a step; default: 1')
   add(
@@ -72,12 +79,17 @@ def check_flags(values) -> None:
     raise ValueError(
       '--reject draws new noise and --latents gives the noise; leave one out'
     )
-  if (values.recurrence or 1) > 1 and not (
-    _scale(values) or values.backward_steps
-  ):
+  if _scale(values) or values.backward_steps:
+    return
+  if (values.recurrence or 1) > 1:
     raise ValueError(
       f'--recurrence={values.recurrence}: repeats guidance, and there is none; '
       'give --reward_scale or --backward_steps above 0'
+    )
+  if values.reward_start:
+    raise ValueError(
+      f'--reward_start={values.reward_start}: is where guidance begins, and '
+      'there is none; give --reward_scale or --backward_steps above 0'
     )
 
 
@@ -137,6 +149,7 @@ def open_reward(
     'place': place,
     'space': loaded.record['space'],
     'scale': guidance.scale,
+    'start': values.reward_start or 0.0,
     'recurrence': recurrence,
     'backward_steps': guidance.backward_steps,
     'backward_rate': guidance.backward_rate,
@@ -151,6 +164,7 @@ def open_reward(
       decodes,
       guidance,
       recurrence,
+      start=record['start'],
       features=clip and clip.features,
     ),
     jax.device_put(params, sharding.replicated(mesh)),

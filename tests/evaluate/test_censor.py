@@ -1,5 +1,6 @@
 """Guided sampling of whole models: identities, drivers, and what fits."""
 
+import dataclasses
 import functools
 import types
 
@@ -10,6 +11,7 @@ import pytest
 import reward_folder
 from flax import linen as nn
 
+from dpo_jax import keys as keys_lib
 from dpo_jax import stable_diffusion as sd_lib
 from dpo_jax.diffusion import reward_guidance, samplers, schedule
 from dpo_jax.evaluate import censor, generate
@@ -130,6 +132,54 @@ def test_drivers_agree_and_a_picture_does_not_hang_on_its_batch(pixel_setup):
   assert np.abs(apart).max() <= 1
   # Four pictures of four keys.
   assert np.abs(python['images'][2].astype(int) - python['images'][3]).max() > 9
+
+
+def test_before_its_start_a_reward_steers_nothing(pixel_setup):
+  """Steps at t = 999, 749 and 500 are plain, that at 250 is guided: by hand."""
+  model, config, params, batch = pixel_setup
+  guidance = reward_guidance.Settings(5.0)
+  settings = _settings(8, num_steps=4, sampler='dpmpp_2m')
+  made = censor.Censor(config, False, guidance, start=0.5)
+  plan = samplers.make_plan(SCHEDULER, 4, sampler='dpmpp_2m')
+  assert plan.rows.t.tolist() == [999, 749, 500, 250]
+  plain = model.make_denoise_fn(params['unet'], {}, {}, guidance_scale=1.0)
+  guided = reward_guidance.guide(
+    plain, made.make_log_reward_fn(model, params), plan, guidance
+  )
+
+  @jax.jit
+  def by_hand(noise):
+    carry, places = samplers.start(noise), samplers.places(plan)
+    for i, denoise_fn in enumerate((plain, plain, plain, guided)):
+      place = jax.tree.map(lambda column, i=i: column[i], places)
+      carry = samplers.make_step(plan, denoise_fn)(carry, place)
+    return sd_lib.to_uint8(model.decode_latents({}, carry.state))
+
+  noise = keys_lib.normal(batch['keys'], (8, 8, 1))
+  wanted = np.asarray(by_hand(noise), int)
+  for driver in generate.DRIVERS:
+    found = {}
+    for start in (0.5, 0.0):
+      sample_fn = generate.make_sample_fn(
+        model,
+        settings,
+        censor=dataclasses.replace(made, start=start),
+        driver=driver,
+      )
+      found[start] = np.asarray(sample_fn(params, batch)['images'], int)
+    assert np.abs(found[0.5] - wanted).max() <= 1
+    assert np.abs(found[0.0] - wanted).max() > 9
+
+
+def test_a_start_after_the_last_step_is_refused(pixel_setup):
+  model, config, *_ = pixel_setup
+  late = SCHEDULER | {'timestep_spacing': 'trailing'}
+  model = dataclasses.replace(model, scheduler_config=late)
+  made = censor.Censor(config, False, reward_guidance.Settings(1.0), start=0.8)
+  with pytest.raises(
+    ValueError, match=r'start=0\.8 leaves the reward none of 3'
+  ):
+    generate.make_sample_fn(model, _settings(8), censor=made)
 
 
 def test_the_slope_goes_through_denoiser_and_decoder(latent_setup):

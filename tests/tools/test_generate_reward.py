@@ -140,6 +140,8 @@ def test_pictures_that_no_try_is_good_enough_of_are_named(
     (['--reward=R', '--backward_rate=0.1'], 'give --backward_steps too'),
     (['--reward=R', '--reject=0.1', '--latents=n.npy'], 'leave one out'),
     (['--reward=R', '--reject=0.1', '--recurrence=2'], 'there is none'),
+    (['--reward=R', '--reject=0.1', '--reward_start=0.3'], 'there is none'),
+    (['--reward_start=0.3'], '--reward_start: is for a reward'),
     (['--reward=R', '--reject=1.0'], 'at most 0.999'),
     (['--reward=nowhere'], 'nowhere/config.json: no such file'),
     (['--reward=R', '--size=16'], 'of 8x8, and --size makes 16x16'),
