@@ -142,6 +142,7 @@ def test_before_its_start_a_reward_steers_nothing(pixel_setup):
   made = censor.Censor(config, False, guidance, start=0.5)
   plan = samplers.make_plan(SCHEDULER, 4, sampler='dpmpp_2m')
   assert plan.rows.t.tolist() == [999, 749, 500, 250]
+  assert made.first_step(plan.rows.t, 1000) == 3
   plain = model.make_denoise_fn(params['unet'], {}, {}, guidance_scale=1.0)
   guided = reward_guidance.guide(
     plain, made.make_log_reward_fn(model, params), plan, guidance
