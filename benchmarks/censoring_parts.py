@@ -70,11 +70,14 @@ def augment(
   shift: float = 0.0,
   scale: float = 0.0,
   blur: float = 0.0,
+  gamma: float = 0.0,
 ) -> Pictures:
   """Each picture `copies` times, turned, moved and scaled at random.
 
   degrees, shift (pixels) and scale (a share) are each at most, either way;
-  blur: standard deviation of a Gaussian at most, pixels. Copy j of picture i is
+  blur: standard deviation of a Gaussian at most, pixels. gamma: the power that
+  values in [0, 1] are raised to is exp of at most this, either way: strokes
+  become bolder or thinner. Copy j of picture i is
   row i * copies + j. Yoon et al., 2023: +-20 degrees, 10 copies.
   """
   rng, made = np.random.default_rng(seed), []
@@ -96,7 +99,10 @@ def augment(
       )
       if blur:
         copy = scipy.ndimage.gaussian_filter(copy, rng.uniform(0, blur))
-      made.append(np.clip(np.round(copy), 0, 255).astype(np.uint8))
+      copy = np.clip(copy, 0, 255)
+      if gamma:
+        copy = 255 * (copy / 255) ** np.exp(rng.uniform(-gamma, gamma))
+      made.append(np.round(copy).astype(np.uint8))
   return np.stack(made)
 
 

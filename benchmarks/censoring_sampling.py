@@ -30,6 +30,8 @@ CLEAN = dataclasses.replace(TIME, kind='clean')
 # The paper's are 0.02 and 3e-4, which in as few steps as there are here taught
 # networks this small next to nothing.
 BENIGN_WEIGHT, RATE = 0.2, 3e-3
+# Copies of a labelled picture; see `vary`.
+COPIES = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +183,25 @@ class Sampler:
     return compiled
 
 
+def vary(pictures: parts.Pictures, *, seed: int) -> parts.Pictures:
+  """COPIES of each picture, turned, moved, scaled, blurred, bolder or thinner.
+
+  The paper's are 10 that are turned by up to 20 degrees. Networks of these took
+  for malign what the few malign strokes happened to have besides, thinness.
+  """
+  pixel = pictures.shape[1] / parts.SIDE
+  return parts.augment(
+    pictures,
+    COPIES,
+    degrees=20.0,
+    shift=2.0 * pixel,
+    scale=0.1,
+    blur=0.7 * pixel,
+    gamma=0.5,
+    seed=seed,
+  )
+
+
 def train_networks(
   which: str,
   model: sd_lib.StableDiffusion,
@@ -192,24 +213,21 @@ def train_networks(
 ) -> list[types.Params]:
   """The networks of an arm: an ensemble's, or one of all labels.
 
-  The augmentation is the paper's, 10 copies turned by up to 20 degrees. What
-  knows no noise learns in a third of the steps.
+  What knows no noise learns in a third of the steps.
   """
-  copies, members = 10, labels.members
+  members = labels.members
   if which not in ('ensemble', 'cleans'):
     members = np.ones((len(labels.rows), 1), np.float32)
   networks, module = [], Arm(which).module
   clean = module.config.kind == 'clean'
   # One by one: a network's batch then is of its own labels only.
   for k, own in enumerate(members.T > 0):
-    pictures = parts.augment(
-      pool[labels.rows[own]], copies, degrees=20, seed=seed
-    )
+    pictures = vary(pool[labels.rows[own]], seed=seed)
     networks += parts.train_rewards(
       module,
       model,
       pictures,
-      np.repeat(labels.benign[own], copies),
+      np.repeat(labels.benign[own], COPIES),
       np.ones((len(pictures), 1), np.float32),
       benign_weight=BENIGN_WEIGHT,
       num_steps=num_steps // 3 if clean else num_steps,
