@@ -38,19 +38,19 @@ from dpo_jax import loading, sharding
 from dpo_jax.models import reward as reward_lib
 
 Arm = sampling.Arm
+# log r of the ensemble is a sum of five, of the others one: w = 5 is as much.
+RIGHT = Arm('ensemble', 1.0, corrected=True)
+REPEATED = dataclasses.replace(RIGHT, recurrence=4, start=0.4)
 ARMS = {
   'none': Arm(),
   'rejection': Arm('clean', keep=0.8),
-  'single': Arm('single', 3.0),
-  'union': Arm('union', 3.0),
-  'ensemble': Arm('ensemble', 1.0),
-  'ensemble_late': Arm('ensemble', 1.0, start=0.3),
-  'ensemble_late_r2': Arm('ensemble', 1.0, recurrence=2, start=0.4),
-  'ensemble_r4': Arm('ensemble', 1.0, recurrence=4),
-  'ensemble_r4_b5': Arm('ensemble', 1.0, recurrence=4, backward_steps=5),
-  'ensemble_reject': Arm('ensemble', 0.2, keep=0.9),
-  'forward': Arm('clean', 20.0),
-  'forward_ensemble': Arm('cleans', 4.0),
+  'single': Arm('single', 5.0, corrected=True),
+  'union': Arm('union', 5.0, corrected=True),
+  'ensemble': RIGHT,
+  'ensemble_r4': REPEATED,
+  'ensemble_r4_b5': dataclasses.replace(REPEATED, backward_steps=5),
+  'ensemble_raw': Arm('ensemble', 1.0),
+  'forward': Arm('clean', 5.0, corrected=True),
   'kto': Arm(objective='kto'),
   'dpo': Arm(objective='dpo'),
   'duo': Arm(objective='duo'),
@@ -189,6 +189,7 @@ class Bench:
       arm=arm,
       members=members if arm.settings else (),
       negative=negative,
+      malign_share=float(1 - self._pool_benign.mean()),
     )
     if arm.keep < 1:
       pictures = pictures[sampling.select(pictures, members, count, arm.module)]

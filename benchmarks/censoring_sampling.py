@@ -30,6 +30,7 @@ CLEAN = dataclasses.replace(TIME, kind='clean')
 # The paper's are 0.02 and 3e-4, which in as few steps as there are here taught
 # networks this small next to nothing.
 BENIGN_WEIGHT, RATE = 0.2, 3e-3
+NETWORKS = 5
 # Copies of a labelled picture; see `vary`.
 COPIES = 30
 
@@ -40,10 +41,12 @@ class Arm:
 
   Attributes:
     networks: the reward: '' (none) | single | union | ensemble, which know
-      noise, | clean, cleans (a union and an ensemble that do not).
+      noise, | clean (a union that does not).
     scale: w.
     recurrence, backward_steps: R and B.
     start: the share of the trajectory before it guides.
+    corrected: whether the networks' logits are set right for the share of
+      malign pictures in the pool: tools.generate --malign_share.
     keep: the share that rejection by these networks keeps; 1 is all.
     objective: what the generator is trained by, '' for as it is.
     numbers: that objective's.
@@ -56,6 +59,7 @@ class Arm:
   recurrence: int = 1
   backward_steps: int = 0
   start: float = 0.0
+  corrected: bool = False
   keep: float = 1.0
   objective: str = ''
   numbers: tuple[tuple[str, float], ...] = ()
@@ -64,8 +68,7 @@ class Arm:
   @property
   def module(self) -> reward_lib.Reward:
     """What its networks are."""
-    clean = self.networks in ('clean', 'cleans')
-    return reward_lib.Reward(CLEAN if clean else TIME)
+    return reward_lib.Reward(CLEAN if self.networks == 'clean' else TIME)
 
   @property
   def settings(self) -> reward_guidance.Settings | None:
@@ -77,6 +80,16 @@ class Arm:
       place='x_0_hat' if self.module.config.kind == 'clean' else 'x_t',
       backward_steps=self.backward_steps,
     )
+
+  def offsets(self, malign_share: float) -> tuple[float, ...]:
+    """What is added to its networks' logits, none where nothing is."""
+    if not self.corrected:
+      return ()
+    count = NETWORKS if self.networks == 'ensemble' else 1
+    # Of the malign labels each network has all, of the benign ones its part.
+    parts_of = NETWORKS if self.networks in ('union', 'clean') else 1
+    odds = BENIGN_WEIGHT * parts_of
+    return (reward_lib.find_offset(malign_share, odds),) * count
 
   def calls(self) -> float:
     """Calls of the UNet a step and accepted picture; gradients count twice."""
@@ -117,11 +130,12 @@ class Sampler:
     arm: Arm,
     members: Sequence[types.Params] = (),
     negative: types.Params | None = None,
+    malign_share: float = 0.5,
   ) -> tuple[parts.Pictures, float]:
     """(a picture a number, seconds of processor time without compiling).
 
     Equal numbers have equal noise, whatever the arm. negative: the UNet that an
-    arm leads away from.
+    arm leads away from. malign_share: of what the plain sampler draws.
     """
     made, spent = [], 0.0
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
@@ -137,10 +151,11 @@ class Sampler:
       noise = parts.noise_of(keys, jnp.uint32(0), self._shape)
       carry = samplers.start(self._plan.from_noise(noise))
       inputs = unet, negative, list(members), (keys, again)
-      plain = dataclasses.replace(arm, scale=0.0, recurrence=1)
-      plain = dataclasses.replace(plain, backward_steps=0)
+      plain = dataclasses.replace(
+        arm, scale=0.0, backward_steps=0, recurrence=1, corrected=False
+      )
       steps = [
-        self._step(one, inputs, carry, rows[0])
+        self._step(one, inputs, carry, rows[0], malign_share)
         for one in ((plain, arm) if arm.start else (arm, arm))
       ]
       first = round((1 - arm.start) * self._model.schedule.num_steps)
@@ -152,8 +167,9 @@ class Sampler:
       made.append(pictures[: len(numbers) - start])
     return np.concatenate(made), spent
 
-  def _step(self, arm, inputs, carry, row):
-    name = arm.settings, arm.recurrence, arm.away, len(inputs[2])
+  def _step(self, arm, inputs, carry, row, malign_share):
+    offsets = arm.offsets(malign_share)
+    name = arm.settings, arm.recurrence, arm.away, offsets, len(inputs[2])
     if name in self._compiled:
       return self._compiled[name]
     model, plan, shape = self._model, self._plan, self._shape
@@ -166,7 +182,7 @@ class Sampler:
       if arm.settings is not None:
         denoise = reward_guidance.guide(
           denoise,
-          reward_lib.make_log_reward_fn(module, members),
+          reward_lib.make_log_reward_fn(module, members, offsets),
           plan,
           arm.settings,
         )
@@ -216,7 +232,7 @@ def train_networks(
   What knows no noise learns in a third of the steps.
   """
   members = labels.members
-  if which not in ('ensemble', 'cleans'):
+  if which != 'ensemble':
     members = np.ones((len(labels.rows), 1), np.float32)
   networks, module = [], Arm(which).module
   clean = module.config.kind == 'clean'

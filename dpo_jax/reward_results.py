@@ -50,7 +50,7 @@ def finish(
     path / 'export',
     config=parts.module.config,
     members=[chosen.params['reward'][name] for name in names],
-    record=parts.describe(used.count()),
+    record=parts.describe(used.count(), _odds(job)),
   )
   report = {
     'networks': parts.networks,
@@ -72,6 +72,16 @@ def finish(
   for name, found in measured.items():
     first = next(iter(found.values()))
     _show(job, path / 'samples' / f'{name}.png', sets[name], first)
+
+
+def _odds(job) -> list[float] | None:
+  """Of each network, benign to malign, weighted; of pairs there are none."""
+  settings, train = job.record['reward'], job.data.train
+  if settings['loss'] != 'bce':
+    return None
+  liked = train.labels.liked > 0.5
+  counts = [np.float64(train.members[rows]).sum(0) for rows in (liked, ~liked)]
+  return (settings['benign_weight'] * counts[0] / counts[1]).tolist()
 
 
 def _measure(job, params, chosen: labels.Labels) -> dict[int, np.ndarray]:

@@ -39,7 +39,9 @@ class Parts:
   space: str
   clip: clip_features.Opened | None = None
 
-  def describe(self, counts: dict[str, int]) -> dict[str, Any]:
+  def describe(
+    self, counts: dict[str, int], odds: list[float] | None
+  ) -> dict[str, Any]:
     """The record of an export, see weights.rewards; counts of the labels."""
     model = self.inputs.model
     return {
@@ -50,6 +52,7 @@ class Parts:
       'num_train_timesteps': model and model.schedule.num_steps,
       'labels': counts,
       'clip': self.clip and self.clip.source,
+      'odds': odds,
     }
 
 

@@ -30,9 +30,9 @@ def make(kind, channels, *, count=2):
   return config, members
 
 
-def write(folder, kind, channels, size, space, **more):
+def write(folder, kind, channels, size, space, *, count=2, **more):
   """Writes one for inputs [h w channels] of a size; returns the folder."""
-  config, members = make(kind, channels)
+  config, members = make(kind, channels, count=count)
   record = RECORD | {
     'size': list(size),
     'space': space,

@@ -68,6 +68,8 @@ def test_a_run_on_x_t_goes_on_bitwise_and_leaves_an_ensemble(
     'num_train_timesteps': 1000,
     'labels': {'benign': 5, 'malign': 3},
     'clip': None,
+    # a = 0.02 for as many benign labels as malign ones.
+    'odds': [0.02, 0.02],
   }
   kernels = [one['logit']['kernel'] for one in loaded.members]
   assert (np.abs(kernels) > 0).any() and (kernels[0] != kernels[1]).any()
@@ -134,7 +136,7 @@ def test_pairs_of_a_latent_model_in_latents(
   assert main.run(argv) == 0, capsys.readouterr().err
   loaded = rewards.load(tmp_path / 'run' / 'export')
   assert loaded.record['space'] == 'latents'
-  assert loaded.record['place'] == 'x_0_hat'
+  assert loaded.record['place'] == 'x_0_hat' and not loaded.record['odds']
   assert loaded.record['size'] == [2, 2] and loaded.config.in_channels == 4
   assert loaded.record['model']['name'] == str(tiny_folder)
   report = json.loads((tmp_path / 'run' / 'report.json').read_text())
@@ -146,7 +148,7 @@ def test_pixels_need_no_generator(reward_arguments):
   argv = reward_arguments('church', folder=None, data__holdout=0.0)
   job = build.build(flags.parse(argv)[0])
   assert job.opened is None and job.reward.shape == (8, 8, 3)
-  assert job.reward.describe({})['model'] is None
+  assert job.reward.describe({}, None)['model'] is None
   # Held out is nothing: all are trained on, and looked at.
   assert job.counts['held_out_labels'] == 0 and len(job.data.held) == 13
   batch = next(job.loop_arguments['loader'])

@@ -41,6 +41,7 @@ class Censor:
       Kynkaanniemi et al., 2024, arXiv 2404.07724).
     remat: one of transformer.REMAT, where there is a gradient through the
       model.
+    offsets: added to its networks' logits, see reward.find_offset.
     features: of kind `features`, CLIP's, its parameters are params['clip'].
   """
 
@@ -51,6 +52,7 @@ class Censor:
   start: float = 0.0
   remat: str = 'full'
   features: clip_features.ClipFeatures | None = None
+  offsets: tuple[float, ...] = ()
 
   @property
   def steers(self) -> bool:
@@ -73,7 +75,9 @@ class Censor:
     module = reward.Reward(self.config)
     if self.features is not None:
       x = self.features(params['clip'], x)
-    return reward.make_log_reward_fn(module, params['reward'])(x, t)
+    return reward.make_log_reward_fn(module, params['reward'], self.offsets)(
+      x, t
+    )
 
   def prepare(self, model: sd_lib.StableDiffusion) -> sd_lib.StableDiffusion:
     """The model whose gradients are asked for, if they are."""

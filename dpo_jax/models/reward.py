@@ -10,6 +10,7 @@ and several of them. All give one logit f an example; r = sigmoid(f).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -171,18 +172,38 @@ def log_reward(
   return sum(jax.nn.log_sigmoid(f.astype(jnp.float32)) for f in logits)
 
 
+def find_offset(malign_share: float, odds: float) -> float:
+  """What a logit lacks where the share of malign pictures is another one.
+
+  A network whose labels came at `odds`, benign to malign, weights counted,
+  says f = log(odds p(x | benign) / p(x | malign)) at its best. Of a generator
+  that draws malign_share malign the odds are others, and log r of most noisy
+  states is then near 0 (Saerens et al., 2002, eq. 2.4).
+  """
+  return math.log((1 - malign_share) / malign_share) - math.log(odds)
+
+
 def make_log_reward_fn(
-  module: Reward, members: Sequence[types.Params]
+  module: Reward,
+  members: Sequence[types.Params],
+  offsets: Sequence[float] = (),
 ) -> Callable[[Float[Array, 'n *h c'], types.Timesteps], Float[Array, ' n']]:
   """(x, t) -> log r [n] of an ensemble's members.
+
+  offsets: what is added to the logit of each; none: nothing.
 
   One after the other: mapped over by `vmap`, convolutions whose weights differ
   were seen five times slower on a CPU.
   """
 
+  offsets = offsets or (0.0,) * len(members)
+
   def log_reward_fn(x, t):
     return log_reward(
-      [module.apply({'params': params}, x, t) for params in members]
+      [
+        module.apply({'params': params}, x, t) + offset
+        for params, offset in zip(members, offsets, strict=True)
+      ]
     )
 
   return log_reward_fn

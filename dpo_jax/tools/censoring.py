@@ -12,6 +12,7 @@ from dpo_jax import clip_features, distributed, loading, sharding, trees, types
 from dpo_jax.diffusion import reward_guidance
 from dpo_jax.evaluate import censor as censor_lib
 from dpo_jax.evaluate import generate, manifest, rejection
+from dpo_jax.models import reward as reward_lib
 from dpo_jax.tools import arguments
 from dpo_jax.train import progress
 from dpo_jax.weights import json_files, rewards
@@ -24,6 +25,7 @@ OF_A_REWARD = (
   'reward_clip',
   'reward_scale',
   'reward_start',
+  'malign_share',
   'recurrence',
   'backward_steps',
   'backward_rate',
@@ -46,6 +48,11 @@ def add_flags(add: Callable) -> None:
     type=number(float, low=0, high=0.999),
     help='share of the trajectory before it guides, 0.3 of 1000 timesteps: '
     'below 700; default: 0',
+  )
+  add(
+    '--malign_share',
+    type=number(float, low=1e-6, high=0.999999),
+    help='of what the model draws: corrects log r of labels of another share',
   )
   add('--recurrence', type=number(int, low=1), help='rounds a step; default: 1')
   add(
@@ -149,6 +156,7 @@ def open_reward(
     'place': place,
     'space': loaded.record['space'],
     'scale': guidance.scale,
+    'malign_share': values.malign_share,
     'start': values.reward_start or 0.0,
     'recurrence': recurrence,
     'backward_steps': guidance.backward_steps,
@@ -165,11 +173,24 @@ def open_reward(
       guidance,
       recurrence,
       start=record['start'],
+      offsets=_offsets(values, loaded),
       features=clip and clip.features,
     ),
     jax.device_put(params, sharding.replicated(mesh)),
     record,
   )
+
+
+def _offsets(values, loaded) -> tuple[float, ...]:
+  share, odds = values.malign_share, loaded.record['odds']
+  if share is None:
+    return ()
+  if odds is None:
+    raise ValueError(
+      f'--malign_share={share}: {values.reward} does not say at which odds its '
+      'labels came (reward.loss=pairwise, or an older export); leave it out'
+    )
+  return tuple(reward_lib.find_offset(share, one) for one in odds)
 
 
 def _note_model(values, opened, loaded) -> None:

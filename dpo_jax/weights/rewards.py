@@ -22,6 +22,7 @@ RECORD = (
   'labels',
   'model',
   'num_train_timesteps',
+  'odds',
   'place',
   'size',
   'space',
@@ -59,6 +60,8 @@ def save(
     num_train_timesteps: of its schedule; null with `model` null.
     clip: of kind `features` {'name', 'sha256'} of the image tower that the
       networks stand on, else null; may be left out.
+    odds: [K] benign to malign labels of each network, weights counted; null
+      where they were learnt from as pairs; may be left out.
     labels: {'benign': n, 'malign': m}, how many were learnt from.
 
   Raises ValueError naming the folder, and the option or the tensor that is
@@ -68,7 +71,7 @@ def save(
   folder = pathlib.Path(folder)
   if not members:
     raise ValueError(f'{folder}: members is empty; give one network or more')
-  record = _check_record(folder / CONFIG, config, record)
+  record = _check_record(folder / CONFIG, config, record, len(members))
   tensors = {
     f'{k:03d}/{trees.leaf_name(path)}': np.asarray(leaf, np.float32)
     for k, params in enumerate(members)
@@ -106,7 +109,7 @@ def load(folder: str | pathlib.Path) -> Loaded:
     config = reward.RewardConfig.from_dict(values)
   except (ValueError, TypeError) as error:
     raise ValueError(f'{path}: {error}') from error
-  record = _check_record(path, config, record)
+  record = _check_record(path, config, record, count)
   tensors = safetensors_io.load(folder / WEIGHTS)
   for name, tensor in tensors.items():
     if tensor.dtype.kind in 'iub':
@@ -134,11 +137,11 @@ def init_shapes(config: reward.RewardConfig) -> types.PyTree:
   )['params']
 
 
-def _check_record(path, config, record) -> dict[str, Any]:
+def _check_record(path, config, record, count) -> dict[str, Any]:
   """The record as JSON gives it back; ValueError names what is wrong in it."""
   given = sorted(record) if isinstance(record, Mapping) else record
   if isinstance(record, Mapping):
-    record = {'clip': None} | dict(record)
+    record = {'clip': None, 'odds': None} | dict(record)
   if not isinstance(record, Mapping) or sorted(record) != list(RECORD):
     raise ValueError(
       f'{path}: record has {given}; should have {", ".join(RECORD)}'
@@ -165,6 +168,16 @@ def _check_record(path, config, record) -> dict[str, Any]:
     or not all(isinstance(side, int) and side > 0 for side in size)
   ):
     raise ValueError(f'{path}: record.size={size!r}: should be [height, width]')
+  odds = record['odds']
+  if odds is not None and not (
+    isinstance(odds, list | tuple)
+    and len(odds) == count
+    and all(isinstance(one, int | float) and one > 0 for one in odds)
+  ):
+    raise ValueError(
+      f'{path}: record.odds={odds!r}: should be {count} numbers above 0, or '
+      'null'
+    )
   return json.loads(json.dumps(record))
 
 

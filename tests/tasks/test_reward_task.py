@@ -56,6 +56,25 @@ def batch(seed=0, side=8, pairs=False):
   }
 
 
+def test_an_offset_makes_log_r_that_of_another_share():
+  """Benign is N(1, 1), malign N(-1, 1): their log ratio at x is 2 x."""
+  x, odds, share = np.linspace(-3, 3, 7), 0.2, 0.1
+  benign, malign = (np.exp(-0.5 * (x - mean) ** 2) for mean in (1, -1))
+  learnt = np.log(odds * benign / malign)
+  wanted = (1 - share) * benign / ((1 - share) * benign + share * malign)
+  offset = reward.find_offset(share, odds)
+  np.testing.assert_allclose(1 / (1 + np.exp(-learnt - offset)), wanted)
+  assert reward.find_offset(0.5, 1.0) == 0
+
+  module, members = make('clean', channels=3)
+  images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+  t = jnp.zeros(4, jnp.int32)
+  found = reward.make_log_reward_fn(module, members, (1.0, 0.0, -2.0))
+  logits = [module.apply({'params': one}, images, t) for one in members]
+  by_hand = reward.log_reward([logits[0] + 1, logits[1], logits[2] - 2])
+  np.testing.assert_allclose(found(images, t), by_hand, rtol=1e-6)
+
+
 def test_weighted_bce_by_hand():
   logits = jnp.array([0.0, 2.0, -1.0, 2.0])
   labels = jnp.array([1.0, 1.0, 0.0, 0.0])

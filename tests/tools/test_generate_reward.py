@@ -73,6 +73,27 @@ def test_guidance_raises_log_r_and_scale_0_is_the_plain_picture(drawn, reward):
   assert record['place'] == 'x_t' and record['reject'] is None
 
 
+def test_a_share_of_malign_pictures_raises_log_r(
+  drawn, tiny_pixel_folder, prompts, tmp_path
+):
+  """By the odds of each network, as log(9 / odds) added to its logit."""
+  one = reward_folder.write(
+    tmp_path / 'one', 'time', 1, (8, 8), 'latents', count=1, odds=[0.2]
+  )
+  found = []
+  for name, more in (('balanced', []), ('rare', ['--malign_share=0.1'])):
+    out = tmp_path / name
+    given = [f'--reward={one}', '--reward_scale=0', *more]
+    assert _run(out, tiny_pixel_folder, prompts, *given) == 0
+    entries = _manifest(out).values()
+    r = np.exp([entry['log_reward'] for entry in entries])
+    found.append(np.log(r / (1 - r)))
+    record = json.loads((out / 'settings.json').read_text())['reward']
+    assert record['malign_share'] == (0.1 if more else None)
+    assert _digests(out) == _digests(drawn / 'plain')
+  np.testing.assert_allclose(found[1] - found[0], np.log(45), rtol=1e-3)
+
+
 def test_guided_pictures_go_on_where_they_stopped(
   drawn, tiny_pixel_folder, prompts, reward, capsys
 ):
@@ -143,6 +164,9 @@ def test_pictures_that_no_try_is_good_enough_of_are_named(
     (['--reward=R', '--reject=0.1', '--reward_start=0.3'], 'there is none'),
     (['--reward_start=0.3'], '--reward_start: is for a reward'),
     (['--reward=R', '--reject=1.0'], 'at most 0.999'),
+    (['--malign_share=0.1'], '--malign_share: is for a reward'),
+    (['--reward=R', '--malign_share=0.1'], 'does not say at which odds'),
+    (['--reward=R', '--malign_share=0'], 'at least 1e-06'),
     (['--reward=nowhere'], 'nowhere/config.json: no such file'),
     (['--reward=R', '--size=16'], 'of 8x8, and --size makes 16x16'),
   ],

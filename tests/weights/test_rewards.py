@@ -33,7 +33,16 @@ def _make(kind, count=2):
   clip = (
     {'name': 'a folder', 'sha256': '0' * 64} if kind == 'features' else None
   )
-  return config, members, RECORD | {'place': place, 'clip': clip}
+  return (
+    config,
+    members,
+    RECORD
+    | {
+      'place': place,
+      'clip': clip,
+      'odds': [0.2] * count if kind == 'time' else None,
+    },
+  )
 
 
 @pytest.fixture
@@ -104,6 +113,8 @@ def test_spoilt_tensors_are_named(folder, damage, words):
     ({'record': RECORD | {'space': 'sound'}}, "record.space='sound'"),
     ({'record': RECORD | {'place': 'x_t'}}, "record.place='x_t'.*x_0_hat"),
     ({'record': RECORD | {'size': 8}}, 'record.size=8'),
+    ({'record': RECORD | {'odds': [1.0]}}, 'odds=.1.0.: should be 2 numbers'),
+    ({'record': RECORD | {'odds': [1.0, 0]}}, 'should be 2 numbers above 0'),
     ({'record': RECORD | {'clip': {'name': 'x'}}}, 'null with others'),
   ],
 )
