@@ -50,7 +50,7 @@ def finish(
     path / 'export',
     config=parts.module.config,
     members=[chosen.params['reward'][name] for name in names],
-    record=parts.describe(used.count(), _odds(job)),
+    record=parts.describe(used.count(), find_odds(job)),
   )
   report = {
     'networks': parts.networks,
@@ -74,8 +74,8 @@ def finish(
     _show(job, path / 'samples' / f'{name}.png', sets[name], first)
 
 
-def _odds(job) -> list[float] | None:
-  """Of each network, benign to malign, weighted; of pairs there are none."""
+def find_odds(job: build.Job) -> list[float] | None:
+  """Benign to malign labels of each network, weights counted; of pairs none."""
   settings, train = job.record['reward'], job.data.train
   if settings['loss'] != 'bce':
     return None

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from dpo_jax import build, flags, main
+from dpo_jax import build, flags, main, reward_results
 from dpo_jax.weights import rewards
 
 SMALL = {
@@ -155,3 +155,17 @@ def test_pixels_need_no_generator(reward_arguments):
   job.loop_arguments['loader'].close()
   assert batch['images'].shape == (8, 8, 8, 3)
   assert batch['members'].shape == (8, 2)
+
+
+@pytest.mark.parametrize(
+  # Two networks share 3 malign labels, and the union has 3 benign ones of each.
+  ('variant', 'odds'),
+  [('ensemble', [0.1, 0.1]), ('union', [0.2])],
+)
+def test_odds_are_of_the_labels_a_network_has(reward_arguments, variant, odds):
+  argv = reward_arguments(
+    'church', folder=None, data__holdout=0.0, reward__variant=variant
+  )
+  job = build.build(flags.parse(argv)[0])
+  job.loop_arguments['loader'].close()
+  np.testing.assert_allclose(reward_results.find_odds(job), odds)
