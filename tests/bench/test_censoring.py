@@ -101,11 +101,23 @@ def test_arms_and_their_cost():
   assert censoring.ARMS['forward'].settings.place == 'x_0_hat'
   calls = {name: arm.calls() for name, arm in censoring.ARMS.items()}
   assert calls['none'] == calls['union'] == 1 and calls['forward'] == 3
-  assert calls['ensemble_r4'] == 4 and calls['rejection'] == 1.25
+  # Four rounds at six of ten steps.
+  assert calls['ensemble_r4'] == pytest.approx(2.8)
+  assert calls['rejection'] == 1.25
   assert censoring_sampling.candidates(200, censoring.ARMS['rejection']) == 250
   for name in ('onion', 'kto@0.3'):
     with pytest.raises(ValueError, match='arm '):
       censoring.find_arm(name)
+
+
+def test_logits_are_set_right_by_what_a_network_learnt_from():
+  # Nine benign to one malign; a network had 10 + 10 at a weight of 0.2, the
+  # union five times as many benign ones.
+  found = censoring.ARMS['ensemble'].offsets(0.1)
+  assert found == pytest.approx([np.log(9 / 0.2)] * 5)
+  assert censoring.ARMS['single'].offsets(0.1) == found[:1]
+  assert censoring.ARMS['union'].offsets(0.1) == pytest.approx([np.log(9)])
+  assert censoring.ARMS['ensemble_raw'].offsets(0.1) == ()
 
 
 def test_other_settings_are_another_record():
