@@ -165,6 +165,12 @@ class Sampler:
       pictures = np.asarray(sd_lib.to_uint8(carry.state))[..., 0]
       spent += time.process_time() - begun
       made.append(pictures[: len(numbers) - start])
+      share = min(start + self._batch, len(numbers)) / len(numbers)
+      if share < 1.0:
+        left = spent / share - spent
+        print(
+          f'{share:.0%} of {len(numbers)}, {left:.0f} s left', file=sys.stderr
+        )
     return np.concatenate(made), spent
 
   def _step(self, arm, inputs, carry, row, malign_share):

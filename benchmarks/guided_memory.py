@@ -1,12 +1,13 @@
 """Time and memory of guided sampling, against plain, for each way of guiding.
 
   python -m benchmarks.guided_memory --time [--rounds=5] [--steps=4]
+    [--drivers=python,scan]
   python -m benchmarks.guided_memory --memory --size=sd15|sdxl [--batch=1]
 
 --time runs a small model of random weights: all ways take turns, each by both
 drivers (a scan over the steps, and one jitted step called from Python). Shown
 are medians of a step, over the plain sampler's under the same driver, and the
-scan's over Python's.
+scan's over Python's. --drivers picks one, as a scan is slow to compile.
 
 --memory compiles one step for this machine and asks the compiler for its
 buffers; nothing is run. Weights are bfloat16, as are the UNet's and the VAE's
@@ -26,6 +27,7 @@ import functools
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,7 @@ WAYS = (
   'recurrence',
   'backward',
 )
+DRIVERS = ('python', 'scan')
 VAE_WIDTHS = {'sd15': (128, 256, 512, 512), 'sdxl': (128, 256, 512, 512)}
 SMALL_VAE = (16, 32, 64, 64)
 
@@ -167,7 +170,9 @@ def _fill(shapes, rng):
   return jax.tree.map(draw, shapes)
 
 
-def make_runs(size: str, way: str, steps: int, batch: int):
+def make_runs(
+  size: str, way: str, steps: int, batch: int
+) -> dict[str, Callable[[], types.PyTree]]:
   """{driver: () -> nothing, when it is done} of a way, compiled."""
   model, censor = make_model(size, 'float32'), make_censor(way)
   plan = samplers.make_plan(cases.SCHEDULER, steps, sampler='ddim')
@@ -198,8 +203,8 @@ def make_runs(size: str, way: str, steps: int, batch: int):
     return carry
 
   return {
-    'scan': lambda: jax.block_until_ready(from_scan()),
     'python': lambda: jax.block_until_ready(from_python()),
+    'scan': lambda: jax.block_until_ready(from_scan()),
   }
 
 
@@ -208,10 +213,12 @@ def show_times(values) -> None:
   runs = {}
   for way in values.ways:
     made = make_runs(values.size, way, values.steps, values.batch)
-    for driver, run in made.items():
-      run()
-      runs[way, driver] = run
-    print(f'compiled {way}', file=sys.stderr, flush=True)
+    for driver in values.drivers:
+      started = time.perf_counter()
+      made[driver]()
+      runs[way, driver] = made[driver]
+      seconds = time.perf_counter() - started
+      print(f'compiled {way} ({driver}): {seconds:.0f} s', file=sys.stderr)
   found = {key: [] for key in runs}
   for _ in range(values.rounds):
     for key, run in runs.items():
@@ -222,19 +229,22 @@ def show_times(values) -> None:
     f'{values.size}, batch {values.batch}, {values.steps} steps, median of '
     f'{values.rounds} rounds (least to most), {jax.devices()[0].device_kind}'
   )
-  print(
-    '| way | python s a step | over plain | scan s a step | over plain |'
-    ' scan over python |\n|' + '---|' * 6
-  )
+  head = ['way']
+  for driver in values.drivers:
+    head += [f'{driver} s a step', 'over plain']
+  if len(values.drivers) > 1:
+    head.append('scan over python')
+  print(f'| {" | ".join(head)} |\n|' + '---|' * len(head))
   for way in values.ways:
     row, middle = [way], {}
-    for driver in ('python', 'scan'):
+    for driver in values.drivers:
       seen = found[way, driver]
       middle[driver] = statistics.median(seen)
       base = statistics.median(found[values.ways[0], driver])
       row.append(f'{middle[driver]:.3f} ({min(seen):.3f} to {max(seen):.3f})')
       row.append(f'{middle[driver] / base:.2f}')
-    row.append(f'{middle["scan"] / middle["python"]:.2f}')
+    if len(middle) > 1:
+      row.append(f'{middle["scan"] / middle["python"]:.2f}')
     print(f'| {" | ".join(row)} |', flush=True)
 
 
@@ -293,12 +303,17 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--steps', type=int, default=4)
   parser.add_argument('--ways', default=','.join(WAYS))
+  parser.add_argument('--drivers', default=','.join(DRIVERS))
   values = parser.parse_args(argv)
-  values.ways = values.ways.split(',')
-  unknown = sorted(set(values.ways) - set(WAYS))
+  values.ways, values.drivers = (
+    values.ways.split(','),
+    values.drivers.split(','),
+  )
+  unknown = {*values.ways} - {*WAYS} | {*values.drivers} - {*DRIVERS}
   if unknown or values.time == values.memory:
     print(
-      f'error: give --time or --memory, and --ways among {", ".join(WAYS)}',
+      f'error: {" ".join(argv)}: give --time or --memory, --ways among '
+      f'{", ".join(WAYS)}, and --drivers among {", ".join(DRIVERS)}',
       file=sys.stderr,
     )
     return 2
