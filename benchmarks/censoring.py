@@ -49,6 +49,8 @@ ARMS = {
   'ensemble': RIGHT,
   'ensemble_r4': REPEATED,
   'ensemble_r4_b5': dataclasses.replace(REPEATED, backward_steps=5),
+  # Four rounds that a reward has all but no say in: what they do by themselves.
+  'repeated': Arm('single', 1e-6, recurrence=4, start=0.4),
   'ensemble_raw': Arm('ensemble', 1.0),
   'forward': Arm('clean', 5.0, corrected=True),
   'kto': Arm(objective='kto'),

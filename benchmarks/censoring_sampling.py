@@ -102,7 +102,7 @@ class Arm:
 class Sampler:
   """Draws pictures with the ddpm sampler, step by step from Python.
 
-  On a CPU gradients inside of `lax.scan` were seen 3.7 times slower.
+  On a CPU some gradients are slow inside of `lax.scan`: docs/censoring.md.
   """
 
   def __init__(

@@ -71,6 +71,8 @@ ARMS = {
   'none': Arm(),
   'guided': Arm('union', ('--reward_scale=4',)),
   'guided_r4': Arm('union', ('--reward_scale=4', '--recurrence=4')),
+  # Four rounds that the reward has all but no say in.
+  'repeated': Arm('union', ('--reward_scale=1e-6', '--recurrence=4')),
   'guided_late': Arm('union', ('--reward_scale=4', '--reward_start=0.3')),
   'guided_b5': Arm('union', ('--reward_scale=4', '--backward_steps=5')),
   'time': Arm('time', ('--reward_scale=4',)),

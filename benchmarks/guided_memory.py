@@ -2,12 +2,16 @@
 
   python -m benchmarks.guided_memory --time [--rounds=5] [--steps=4]
     [--drivers=python,scan]
+  python -m benchmarks.guided_memory --networks [--size=small] [--batch=8]
   python -m benchmarks.guided_memory --memory --size=sd15|sdxl [--batch=1]
 
 --time runs a small model of random weights: all ways take turns, each by both
 drivers (a scan over the steps, and one jitted step called from Python). Shown
 are medians of a step, over the plain sampler's under the same driver, and the
 scan's over Python's. --drivers picks one, as a scan is slow to compile.
+
+--networks is an ensemble of five on x_t: the gradient of their log r with one
+network after the other, as guidance has it, and mapped over by vmap.
 
 --memory compiles one step for this machine and asks the compiler for its
 buffers; nothing is run. Weights are bfloat16, as are the UNet's and the VAE's
@@ -27,7 +31,8 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -208,6 +213,67 @@ def make_runs(
   }
 
 
+def take_turns(
+  runs: Mapping[Any, Callable[[], types.PyTree]], rounds: int
+) -> dict[Any, list[float]]:
+  """Seconds of each run in each round; all have been called before."""
+  found = {key: [] for key in runs}
+  for _ in range(rounds):
+    for key, run in runs.items():
+      started = time.perf_counter()
+      run()
+      found[key].append(time.perf_counter() - started)
+  return found
+
+
+def show_networks(values) -> None:
+  """Prints the table of --networks."""
+  module, k, side = reward.Reward(TIME), 5, cases.SIZES[values.size].side
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(
+    rng.standard_normal((values.batch, side, side, 4), np.float32)
+  )
+  t = jnp.zeros(values.batch, jnp.int32)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), x, t)['params']
+  members = [_fill(shapes, rng) for _ in range(k)]
+
+  def mapped(stacked, x):
+    return reward.log_reward(
+      jax.vmap(lambda params: module.apply({'params': params}, x, t))(stacked)
+    ).sum()
+
+  def in_turn(members, x):
+    return reward.make_log_reward_fn(module, members)(x, t).sum()
+
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+  runs = {}
+  for name, fn, params in (
+    ('in turn', in_turn, members),
+    ('mapped', mapped, stacked),
+  ):
+    run = functools.partial(jax.jit(jax.grad(fn, argnums=1)), params, x)
+    runs[name] = functools.partial(_wait, run)
+  one, other = runs['in turn'](), runs['mapped']()
+  gap = jnp.abs(one - other).max() / jnp.abs(one).max()
+  found = take_turns(runs, values.rounds)
+  print(
+    f'gradient of log r of {k} networks, {values.batch} states of {side}x{side}'
+    f'x4, median of {values.rounds} rounds (least to most), '
+    f'{jax.devices()[0].device_kind}; they differ by {gap:.0e} at most\n'
+    '| networks | s | over in turn |\n|---|---|---|'
+  )
+  for name, seen in found.items():
+    middle, base = (statistics.median(found[key]) for key in (name, 'in turn'))
+    print(
+      f'| {name} | {middle:.3f} ({min(seen):.3f} to {max(seen):.3f}) | '
+      f'{middle / base:.2f} |'
+    )
+
+
+def _wait(run: Callable[[], types.PyTree]) -> types.PyTree:
+  return jax.block_until_ready(run())
+
+
 def show_times(values) -> None:
   """Prints the table of --time."""
   runs = {}
@@ -219,12 +285,10 @@ def show_times(values) -> None:
       runs[way, driver] = made[driver]
       seconds = time.perf_counter() - started
       print(f'compiled {way} ({driver}): {seconds:.0f} s', file=sys.stderr)
-  found = {key: [] for key in runs}
-  for _ in range(values.rounds):
-    for key, run in runs.items():
-      started = time.perf_counter()
-      run()
-      found[key].append((time.perf_counter() - started) / values.steps)
+  found = {
+    key: [seconds / values.steps for seconds in seen]
+    for key, seen in take_turns(runs, values.rounds).items()
+  }
   print(
     f'{values.size}, batch {values.batch}, {values.steps} steps, median of '
     f'{values.rounds} rounds (least to most), {jax.devices()[0].device_kind}'
@@ -297,6 +361,7 @@ def main(argv: list[str]) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('--time', action='store_true')
+  parser.add_argument('--networks', action='store_true')
   parser.add_argument('--memory', action='store_true')
   parser.add_argument('--size', choices=cases.SIZES)
   parser.add_argument('--batch', type=int, default=1)
@@ -305,19 +370,20 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--ways', default=','.join(WAYS))
   parser.add_argument('--drivers', default=','.join(DRIVERS))
   values = parser.parse_args(argv)
-  values.ways, values.drivers = (
-    values.ways.split(','),
-    values.drivers.split(','),
-  )
+  values.ways = values.ways.split(',')
+  values.drivers = values.drivers.split(',')
   unknown = {*values.ways} - {*WAYS} | {*values.drivers} - {*DRIVERS}
-  if unknown or values.time == values.memory:
+  if unknown or values.time + values.networks + values.memory != 1:
     print(
-      f'error: {" ".join(argv)}: give --time or --memory, --ways among '
-      f'{", ".join(WAYS)}, and --drivers among {", ".join(DRIVERS)}',
+      f'error: {" ".join(argv)}: give one of --time, --networks and --memory,'
+      f' --ways among {", ".join(WAYS)}, --drivers among {", ".join(DRIVERS)}',
       file=sys.stderr,
     )
     return 2
-  if values.time:
+  if values.networks:
+    values.size = values.size or 'small'
+    show_networks(values)
+  elif values.time:
     values.size = values.size or 'small'
     show_times(values)
   else:
