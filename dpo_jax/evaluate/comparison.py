@@ -6,6 +6,7 @@ folders must agree in everything but the model.
 """
 
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,15 @@ from jaxtyping import Float
 from dpo_jax.evaluate import manifest, prompts, stats
 
 # What the two sides are compared for, and may differ in.
-_FREE = ('model', 'unet_sha256', 'weights', 'lora', 'refiner')
+_FREE = (
+  'model',
+  'unet_sha256',
+  'weights',
+  'lora',
+  'refiner',
+  'negative_weights',
+  'reward',
+)
 # What names a picture in both folders.
 _SAME = ('file', 'id', 'image', 'prompt', 'negative_prompt', 'seed')
 
@@ -34,6 +43,19 @@ def is_pictures(folder: str) -> bool:
   """Whether tools.generate made this folder."""
   path = pathlib.Path(folder)
   return (path / manifest.SETTINGS).is_file()
+
+
+def is_guided(folder: str | os.PathLike) -> bool:
+  """Whether a reward's gradients led the pictures of a folder.
+
+  False for a folder that tools.generate did not make. Models trained on such
+  pictures as winners were seen to collapse: they are no winners.
+  """
+  path = pathlib.Path(folder)
+  if not is_pictures(str(path)):
+    return False
+  reward = _read_settings(path).get('reward') or {}
+  return bool(reward.get('scale') or reward.get('backward_steps'))
 
 
 def open_pairs(a: str, b: str) -> list[Pair]:

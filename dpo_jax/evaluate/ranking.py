@@ -32,9 +32,14 @@ class Group(NamedTuple):
 def read_groups(folder: str) -> list[Group]:
   """The pictures of a folder of tools.generate, by prompt.
 
-  Raises ValueError for a folder that is not complete, and where a prompt has
-  one picture, or fewer than others have.
+  Raises ValueError for a folder that is not complete or that a reward guided,
+  and where a prompt has one picture, or fewer than others have.
   """
+  if comparison.is_guided(folder):
+    raise ValueError(
+      f'{folder}: a reward guided these pictures, and models trained on such '
+      'winners collapse; generate without --reward_scale and --backward_steps'
+    )
   found: dict[str, list[dict[str, Any]]] = {}
   for entry in comparison.read_entries(pathlib.Path(folder)):
     found.setdefault(entry['id'], []).append(entry)

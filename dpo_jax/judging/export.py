@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_jax.evaluate import pages, vote_stats
+from dpo_jax.evaluate import comparison, pages, vote_stats
 from dpo_jax.judging import items as items_lib
 from dpo_jax.judging import votes as votes_lib
 
@@ -85,12 +85,17 @@ def write(
 
   `python -m dpo_jax.tools.prepare --format=jsonl --source=DIR/...` reads them.
   Of a pair the majority at `question` wins, and ties and even votes are left
-  out; of single pictures benign is liked, malign is not, and what is unsure is
-  left out. `cross`, of single pictures, adds pairs.jsonl, see `cross_likes`;
-  `per_class` keeps so many benign and as many malign ones at most, drawn by
-  their names; 0 keeps all.
-  Returns counts of what was kept and left out.
+  out, and winners that a reward guided (`comparison.is_guided`); of single
+  pictures benign is liked, malign is not, and what is unsure is left out.
+  `guided` counts the kept ones that a reward guided: they may teach a reward,
+  and no generator. `cross`, of single pictures, adds pairs.jsonl, see
+  `cross_likes`; `per_class` keeps so many benign and as many malign ones at
+  most, drawn by their names; 0 keeps all.
+  Returns counts of what was kept and left out. Raises ValueError for guided
+  pictures where `cross` is asked for.
   """
+  if cross != 'none':
+    _refuse_guided(items, cross)
   folder = pathlib.Path(folder)
   (folder / 'pictures').mkdir(parents=True, exist_ok=True)
   given = vote_stats.by_item(votes, question)
@@ -113,6 +118,11 @@ def write(
     if per_class and taken[choice] >= per_class:
       counts['more_of_its_class'] = counts.get('more_of_its_class', 0) + 1
       continue
+    if _is_guided(item, choice, mode):
+      name = 'guided' if mode == items_lib.LIKES else 'guided_winner'
+      counts[name] = counts.get(name, 0) + 1
+      if mode == items_lib.PAIRS:
+        continue
     taken[choice] += 1
     names = []
     for side, path in enumerate(item.pictures):
@@ -166,6 +176,21 @@ def cross_likes(
       f'more than {MAX_CROSSED} pairs; export fewer labels'
     )
   return pairs
+
+
+def _is_guided(item: items_lib.Item, choice: str, mode: str) -> bool:
+  won = 'ab'.index(choice) if mode == items_lib.PAIRS else 0
+  return comparison.is_guided(item.pictures[won].parent)
+
+
+def _refuse_guided(items: Sequence[items_lib.Item], cross: str) -> None:
+  for folder in sorted({item.pictures[0].parent for item in items}):
+    if comparison.is_guided(folder):
+      raise ValueError(
+        f'--cross={cross}: a reward guided the pictures of {folder}, and models'
+        ' trained on such winners collapse; label pictures that were generated'
+        ' without --reward_scale and --backward_steps'
+      )
 
 
 def _write_lines(path: pathlib.Path, lines) -> None:

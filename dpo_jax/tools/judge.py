@@ -118,6 +118,16 @@ def _export(values, mode, items, questions, votes) -> None:
   print(export.describe(_summary(values, mode, known, votes)))
   left = ', '.join(f'{name} {n}' for name, n in counts.items() if n)
   print(f'{values.export}: {left}')
+  if counts.get('guided'):
+    print(
+      f'a reward guided {counts["guided"]} of these pictures: let them teach a '
+      'reward, not a generator (dpo, kto), which was seen to collapse'
+    )
+  if counts.get('guided_winner'):
+    print(
+      f'{counts["guided_winner"]} pairs are left out, as a reward guided the '
+      'winner: models trained on such winners were seen to collapse'
+    )
 
 
 def _summary(values, mode, questions, votes):

@@ -17,9 +17,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 HOSTILE = '<img src=x onerror="document.title=1"> {{7*7}} \u202eabc'
 
 
-def write_pictures(folder, draw, *, count=6, side=16):
+def write_pictures(folder, draw, *, count=6, side=16, reward=None):
   """A folder as tools.generate leaves it."""
-  pictures = manifest.Pictures(folder, {'settings': {}, 'seed': 0})
+  settings = {'settings': {}, 'seed': 0}
+  if reward is not None:
+    settings['reward'] = reward
+  pictures = manifest.Pictures(folder, settings)
   rng = np.random.default_rng(draw)
   entries = [
     {

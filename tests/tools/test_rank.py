@@ -73,6 +73,15 @@ def judged(folder, weights):
   }
 
 
+def test_guided_pictures_are_not_ranked(folder, weights, capsys):
+  settings = folder / 'settings.json'
+  settings.write_text(json.dumps({'settings': {}, 'reward': {'scale': 1.0}}))
+  words = [f'--pictures={folder}', f'--scorer=clip={weights}']
+  assert arguments.run(rank.main, words) == 2
+  assert 'a reward guided these pictures' in capsys.readouterr().err
+  assert not (folder / 'pairs.jsonl').exists()
+
+
 def test_the_best_meets_the_worst(folder, weights, capsys, tmp_path):
   run(folder, weights)
   lines, scores = read_lines(folder), judged(folder, weights)
