@@ -175,6 +175,9 @@ def test_the_model_may_differ(tmp_path):
     tmp_path / 'b', 1, settings={'model': {'name': 'y'}, 'unet_sha256': 'z'}
   )
   assert len(comparison.open_pairs(a, b)) == 10
+  # So may what leads it.
+  led = {'reward': {'scale': 1.0}, 'negative_weights': {'path': 'w'}}
+  assert len(comparison.open_pairs(a, write(tmp_path / 'c', 2, settings=led)))
   (tmp_path / 'b' / '000002_1.png').unlink()
   with pytest.raises(ValueError, match='1 pictures are missing, 000002_1'):
     comparison.open_pairs(a, b)
