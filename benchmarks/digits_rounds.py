@@ -10,8 +10,10 @@ leaves them. Malign is said by the labeller (measured.jsonl), and by a support
 vector machine on the pixels of the hand-labelled sevens, another kind of model
 than the labeller. Whether a picture still looks like a seven is said by one on
 every second of all digits; its accuracy is that on the others. Shares have
-Wilson's 95% intervals. The last column is the median distance to the nearest
-of the real sevens that are not crossed, root mean square, of 255 grey values.
+Wilson's 95% intervals. Nearest: the median distance to the nearest of the real
+sevens that are not crossed, root mean square, of 255 grey values. Spread: the
+standard deviation of a pixel over the pictures, root mean square over pixels:
+small where all pictures are alike.
 """
 
 import argparse
@@ -113,8 +115,14 @@ def row(name: str, arm: Arm, judges: Judges) -> str:
     percent(stats.share(judges.crossed.predict(pixels))),
     percent(stats.share(judges.digit.predict(pixels) == DIGIT)),
     f'{np.median(nearest):.0f}',
+    f'{spread(pixels):.0f}',
   ]
   return f'| {" | ".join(cells)} |'
+
+
+def spread(pixels: np.ndarray) -> float:
+  """Of pictures [n pixels] with values of 0 to 1, in 255 grey values."""
+  return 255 * float(np.sqrt(pixels.var(0).mean()))
 
 
 def percent(share: dict[str, Any]) -> str:
@@ -161,11 +169,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   judges = make_judges(flags.digits, flags.hand)
   print(
     f'digit judge right on {percent(judges.digit_accuracy)}%, judge of crosses '
-    f'on {percent(judges.crossed_accuracy)}%\n'
+    f'on {percent(judges.crossed_accuracy)}%; spread of the real uncrossed '
+    f'sevens {spread(judges.uncrossed):.0f}\n'
   )
   print(
     '| arm | pictures | malign, % | malign by the other judge, % '
-    '| still a seven, % | nearest |\n|---|---|---|---|---|---|'
+    '| still a seven, % | nearest | spread |\n|---|---|---|---|---|---|---|'
   )
   for name, arm in arms.items():
     print(row(name, arm, judges))
