@@ -20,6 +20,7 @@ import argparse
 import gzip
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -156,16 +157,22 @@ def save_rows(path: pathlib.Path, arms: dict[str, Arm]) -> None:
   sheet.save(path, optimize=True)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-  """Prints the table."""
+def main(argv: Sequence[str] | None = None) -> int:
+  """Prints the table; 2 with one line for a folder that is no arm's."""
   parser = argparse.ArgumentParser('benchmarks.digits_rounds')
   parser.add_argument('--digits', type=pathlib.Path, required=True)
   parser.add_argument('--hand', type=pathlib.Path, required=True)
   parser.add_argument('--plot', type=pathlib.Path)
   parser.add_argument('arms', nargs='+', help='NAME=FOLDER')
   flags = parser.parse_args(argv)
-  named = [word.partition('=') for word in flags.arms]
-  arms = {name: read_arm(pathlib.Path(folder)) for name, _, folder in named}
+  try:
+    arms = {}
+    for word in flags.arms:
+      name, _, folder = word.partition('=')
+      arms[name] = read_arm(pathlib.Path(folder))
+  except ValueError as error:
+    print(f'error: {word}: {error}', file=sys.stderr)
+    return 2
   judges = make_judges(flags.digits, flags.hand)
   print(
     f'digit judge right on {percent(judges.digit_accuracy)}%, judge of crosses '
@@ -180,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(row(name, arm, judges))
   if flags.plot:
     save_rows(flags.plot, arms)
+  return 0
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

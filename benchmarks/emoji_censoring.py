@@ -76,6 +76,7 @@ ARMS = {
   'guided_late': Arm('union', ('--reward_scale=4', '--reward_start=0.3')),
   'guided_b5': Arm('union', ('--reward_scale=4', '--backward_steps=5')),
   'time': Arm('time', ('--reward_scale=4',)),
+  'time_r4': Arm('time', ('--reward_scale=4', '--recurrence=4')),
   'ensemble': Arm('ensemble', ('--reward_scale=4',)),
   'rejection': Arm('union', ('--reject=0.35',)),
 }

@@ -40,7 +40,7 @@ def test_a_row():
   assert spread == f'{np.std([255, 81, 51, 51]):.0f}'
 
 
-def test_every_picture_has_a_vote(tmp_path):
+def test_every_picture_has_a_vote(tmp_path, capsys):
   for number in range(3):
     folder = tmp_path / 'pictures'
     folder.mkdir(exist_ok=True)
@@ -61,6 +61,9 @@ def test_every_picture_has_a_vote(tmp_path):
   vote('0.png', '1.png')
   with pytest.raises(ValueError, match='2 votes on 3 pictures'):
     bench.read_arm(tmp_path)
+  words = ['--digits=d', '--hand=h', f'none={tmp_path}']
+  assert bench.main(words) == 2
+  assert 'error: none=' in capsys.readouterr().err
   vote('2.png')
   arm = bench.read_arm(tmp_path)
   assert arm.pictures[:, 0, 0].tolist() == [0, 1, 2] and arm.malign.all()
