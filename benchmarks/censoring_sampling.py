@@ -1,6 +1,7 @@
 """Draws of the arms of benchmarks/censoring.py, and the models they need."""
 
 import dataclasses
+import functools
 import io
 import math
 import pathlib
@@ -100,7 +101,7 @@ class Arm:
 
 
 class Sampler:
-  """Draws pictures with the ddpm sampler, step by step from Python.
+  """Draws pictures with the ddpm sampler, round by round from Python.
 
   On a CPU some gradients are slow inside of `lax.scan`: docs/censoring.md.
   """
@@ -155,13 +156,18 @@ class Sampler:
         arm, scale=0.0, backward_steps=0, recurrence=1, corrected=False
       )
       steps = [
-        self._step(one, inputs, carry, rows[0], malign_share)
+        samplers.repeat(
+          functools.partial(
+            self._round(one, inputs, carry, rows[0], malign_share), *inputs
+          ),
+          one.recurrence,
+        )
         for one in ((plain, arm) if arm.start else (arm, arm))
       ]
       first = round((1 - arm.start) * self._model.schedule.num_steps)
       begun = time.process_time()
       for row in rows:
-        carry = steps[int(row.row.t < first)](*inputs, carry, row)
+        carry = steps[int(row.row.t < first)](carry, row)
       pictures = np.asarray(sd_lib.to_uint8(carry.state))[..., 0]
       spent += time.process_time() - begun
       made.append(pictures[: len(numbers) - start])
@@ -173,7 +179,7 @@ class Sampler:
         )
     return np.concatenate(made), spent
 
-  def _step(self, arm, inputs, carry, row, malign_share):
+  def _round(self, arm, inputs, carry, row, malign_share):
     offsets = arm.offsets(malign_share)
     name = arm.settings, arm.recurrence, arm.away, offsets, len(inputs[2])
     if name in self._compiled:
@@ -181,7 +187,7 @@ class Sampler:
     model, plan, shape = self._model, self._plan, self._shape
     module = arm.module
 
-    def step(unet, negative, members, keys, carry, row):
+    def once(unet, negative, members, keys, carry, row, j):
       denoise = model.make_denoise_fn(
         unet, {}, {}, guidance_scale=arm.away or 1.0, negative_params=negative
       )
@@ -192,15 +198,16 @@ class Sampler:
           plan,
           arm.settings,
         )
-      return samplers.make_step(
+      return samplers.make_round(
         plan,
         denoise,
         noise_fn=lambda i: parts.noise_of(keys[0], i + 1, shape),
         recurrence=arm.recurrence,
         renoise_fn=lambda i: parts.noise_of(keys[1], i + 1, shape),
-      )(carry, row)
+      )(carry, row, j)
 
-    compiled = jax.jit(step).lower(*inputs, carry, row).compile()
+    given = *inputs, carry, row, np.int32(0)
+    compiled = jax.jit(once).lower(*given).compile()
     self._compiled[name] = compiled
     return compiled
 

@@ -6,9 +6,10 @@
   python -m benchmarks.guided_memory --memory --size=sd15|sdxl [--batch=1]
 
 --time runs a small model of random weights: all ways take turns, each by both
-drivers (a scan over the steps, and one jitted step called from Python). Shown
-are medians of a step, over the plain sampler's under the same driver, and the
-scan's over Python's. --drivers picks one, as a scan is slow to compile.
+drivers (a scan over the steps, and one jitted round of a step called from
+Python). Shown are medians of a step, over the plain sampler's under the same
+driver, and the scan's over Python's. --drivers picks one, as a scan is slow to
+compile.
 
 --networks is an ensemble of five on x_t: the gradient of their log r with one
 network after the other, as guidance has it, and mapped over by vmap.
@@ -145,10 +146,13 @@ def make_denoise(model, censor, plan, params, cond, uncond):
   return reward_guidance.guide(denoise_fn, log_reward_fn, plan, censor.guidance)
 
 
-def make_step(model, censor, plan):
-  """(params, cond, uncond, keys, carry, place) -> carry."""
+def make_step(model, censor, plan, make=samplers.make_step):
+  """(params, cond, uncond, keys, carry, ...) -> what `make`'s function gives.
 
-  def step(params, cond, uncond, keys, carry, place):
+  make: samplers.make_step or make_round.
+  """
+
+  def step(params, cond, uncond, keys, carry, *place):
     denoise_fn = make_denoise(model, censor, plan, params, cond, uncond)
     shape = carry.state.shape[1:]
 
@@ -156,13 +160,13 @@ def make_step(model, censor, plan):
       fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
       return keys_lib.normal(fold(keys, number), shape)
 
-    made = samplers.make_step(
+    made = make(
       plan,
       denoise_fn,
       recurrence=1 if censor is None else censor.recurrence,
       renoise_fn=renoise_fn,
     )
-    return made(carry, place)
+    return made(carry, *place)
 
   return step
 
@@ -188,7 +192,11 @@ def make_runs(
   side = cases.SIZES[size].side
   noise = keys_lib.normal(keys, (side, side, 4))
   step, places = make_step(model, censor, plan), samplers.places(plan)
-  jitted = jax.jit(step)
+  once = jax.jit(make_step(model, censor, plan, samplers.make_round))
+  repeated = samplers.repeat(
+    functools.partial(once, params, cond, cond, keys),
+    1 if censor is None else censor.recurrence,
+  )
 
   @jax.jit
   def scan(params, cond, keys, carry):
@@ -204,7 +212,7 @@ def make_runs(
     carry = samplers.start(noise)
     for i in range(plan.num_steps):
       place = jax.tree.map(lambda column, i=i: column[i], places)
-      carry = jitted(params, cond, cond, keys, carry, place)
+      carry = repeated(carry, place)
     return carry
 
   return {

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import ArrayLike, Int
 
 from dpo_jax import types
 from dpo_jax.diffusion import ddim, dpm_solver, euler, predict
@@ -161,6 +162,68 @@ def places(plan: Plan) -> Place:
   )
 
 
+class Round(NamedTuple):
+  """A round's outcome, and what the next round of the step begins with."""
+
+  after: Carry
+  again: Carry
+
+
+RoundFn = Callable[[Carry, Place, Int[ArrayLike, '']], Round]
+
+
+def make_round(
+  plan: Plan,
+  denoise_fn: types.DenoiseFn,
+  *,
+  noise_fn: NoiseFn | None = None,
+  recurrence: int = 1,
+  renoise_fn: NoiseFn | None = None,
+) -> RoundFn:
+  """One round of a step, the whole of it where recurrence is 1: see make_step.
+
+  (carry, place, j) -> Round for the rounds j = 0 to R - 1, each from what the
+  one before calls `again`; `repeat` calls them.
+  """
+  if plan.needs_noise and noise_fn is None:
+    raise ValueError('this sampler draws noise at its steps: pass noise_fn')
+  if recurrence < 1:
+    raise ValueError(f'recurrence={recurrence}: must be 1 (once) or more')
+  if recurrence > 1 and renoise_fn is None:
+    raise ValueError(f'recurrence={recurrence} draws noise: pass renoise_fn')
+  if recurrence > 1 and plan.prediction_type == 'flow_prediction':
+    raise ValueError(
+      f'recurrence={recurrence} is not possible with a rectified flow; leave '
+      'it at 1'
+    )
+  names = tuple(plan.rows.weights)
+
+  def once(carry, row, number):
+    eps, x_0 = _predict_both(plan, denoise_fn, row.scale * carry.state, row)
+    terms = {
+      'state': carry.state,
+      'x_0': x_0,
+      'eps': eps,
+      'last_x_0': carry.last_x_0,
+    }
+    if plan.needs_noise:
+      terms['noise'] = noise_fn(number)
+    return Carry(sum(row.weights[name] * terms[name] for name in names), x_0)
+
+  def make(carry, place, j):
+    row = place.row
+    if recurrence == 1:
+      return Round(once(carry, row, row.index), carry)
+    number = row.index * recurrence + j
+    after = once(carry, row, number)
+    ratio = (row.alpha / place.alpha_after) ** 2
+    noised = jnp.sqrt(ratio) * place.scale_after * after.state
+    noised += jnp.sqrt(1.0 - ratio) * renoise_fn(number)
+    return Round(after, Carry(noised / row.scale, carry.last_x_0))
+
+  return make
+
+
 def make_step(
   plan: Plan,
   denoise_fn: types.DenoiseFn,
@@ -178,46 +241,46 @@ def make_step(
     x_t <- sqrt(a) x_prev + sqrt(1 - a) noise,  a = alphas_cumprod_t / _prev
 
   renoise_fn: that noise, for R above 1; asked for index * R + j, as noise_fn.
+  The rounds are a loop of the program.
 
   Raises:
     ValueError: noise that is needed and not given; recurrence with a flow,
       whose noise does not add up so.
   """
-  if plan.needs_noise and noise_fn is None:
-    raise ValueError('this sampler draws noise at its steps: pass noise_fn')
-  if recurrence < 1:
-    raise ValueError(f'recurrence={recurrence}: must be 1 (once) or more')
-  if recurrence > 1 and renoise_fn is None:
-    raise ValueError(f'recurrence={recurrence} draws noise: pass renoise_fn')
-  if recurrence > 1 and plan.prediction_type == 'flow_prediction':
-    raise ValueError(
-      f'recurrence={recurrence} is not possible with a rectified flow; leave '
-      'it at 1'
-    )
-  names = tuple(plan.rows.weights)
-
-  def once(state, last_x_0, row, number):
-    eps, x_0 = _predict_both(plan, denoise_fn, row.scale * state, row)
-    terms = {'state': state, 'x_0': x_0, 'eps': eps, 'last_x_0': last_x_0}
-    if plan.needs_noise:
-      terms['noise'] = noise_fn(number)
-    return sum(row.weights[name] * terms[name] for name in names), x_0
+  round_fn = make_round(
+    plan,
+    denoise_fn,
+    noise_fn=noise_fn,
+    recurrence=recurrence,
+    renoise_fn=renoise_fn,
+  )
 
   def step(carry, place):
-    row = place.row
     if recurrence == 1:
-      return Carry(*once(*carry, row, row.index))
+      return round_fn(carry, place, 0).after
 
-    def again(inner, j):
-      number = row.index * recurrence + j
-      after = Carry(*once(inner.state, carry.last_x_0, row, number))
-      ratio = (row.alpha / place.alpha_after) ** 2
-      noised = jnp.sqrt(ratio) * place.scale_after * after.state
-      noised += jnp.sqrt(1.0 - ratio) * renoise_fn(number)
-      return Carry(noised / row.scale, after.last_x_0), after.state
+    def again(made, j):
+      return round_fn(made.again, place, j), None
 
-    last, states = jax.lax.scan(again, carry, jnp.arange(recurrence))
-    return Carry(states[-1], last.last_x_0)
+    rounds = jnp.arange(recurrence)
+    return jax.lax.scan(again, Round(carry, carry), rounds)[0].after
+
+  return step
+
+
+def repeat(
+  round_fn: RoundFn, recurrence: int
+) -> Callable[[Carry, Place], Carry]:
+  """The step of make_round's rounds, each a call from Python.
+
+  For a compiled round where gradients are slow in a program's loop (XLA:CPU).
+  """
+
+  def step(carry, place):
+    for j in range(recurrence):
+      made = round_fn(carry, place, np.int32(j))
+      carry = made.again
+    return made.after
 
   return step
 

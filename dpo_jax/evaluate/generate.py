@@ -133,11 +133,14 @@ def _refuse_start(censor, settings):
 
 
 def _from_python(parts, begin, finish):
-  """The same function as several programs, of which one is a step."""
+  """The same function as several programs, of which one is a step's round."""
   begin, finish = jax.jit(begin), jax.jit(finish)
   encoders = [jax.jit(part.encode) for part in parts]
   phases = [
-    [(jax.jit(phase.step), places) for phase, places in part.phases()]
+    [
+      (jax.jit(phase.round), phase.recurrence, places)
+      for phase, places in part.phases()
+    ]
     for part in parts
   ]
 
@@ -145,10 +148,13 @@ def _from_python(parts, begin, finish):
     state = begin(params, batch)
     for encode, own in zip(encoders, phases, strict=True):
       conditions, carry = encode(params, batch), samplers.start(state)
-      for step, places in own:
+      for once, recurrence, places in own:
+        now = functools.partial(once, params, conditions, batch['keys'])
+        step = samplers.repeat(now, recurrence)
         for i in range(len(places.row.index)):
-          place = jax.tree.map(lambda column, i=i: column[i], places)
-          carry = step(params, conditions, batch['keys'], carry, place)
+          carry = step(
+            carry, jax.tree.map(lambda column, i=i: column[i], places)
+          )
       state = carry.state
     return finish(params, state)
 
@@ -164,6 +170,10 @@ class _Part:
   settings: Settings
   censor: censor_lib.Censor | None
   prefix: str = ''
+
+  @property
+  def recurrence(self) -> int:
+    return 1 if self.censor is None else self.censor.recurrence
 
   def own(self, params):
     return params['refiner'] if self.prefix else params
@@ -218,10 +228,9 @@ class _Part:
     def renoise_fn(i):
       return keys_lib.normal(fold(fold(keys, RENOISE_FOLD), i), shape)
 
-    recurrence = 1 if self.censor is None else self.censor.recurrence
     return {
       'noise_fn': noise_fn,
-      'recurrence': recurrence,
+      'recurrence': self.recurrence,
       'renoise_fn': renoise_fn,
     }
 
@@ -230,9 +239,11 @@ class _Part:
     denoise_fn = self.denoise_fn(params, conditions)
     return samplers.make_step(self.plan, denoise_fn, **self.noises(keys))
 
-  def step(self, params, conditions, keys, carry, place):
-    """One step, as a program of its own."""
-    return self.make_step(params, conditions, keys)(carry, place)
+  def round(self, params, conditions, keys, carry, place, j):
+    """Round j of a step, as a program of its own."""
+    denoise_fn = self.denoise_fn(params, conditions)
+    made = samplers.make_round(self.plan, denoise_fn, **self.noises(keys))
+    return made(carry, place, j)
 
 
 def _begin(part, params, batch):
