@@ -230,19 +230,29 @@ def test_recurrence_by_hand():
   assert len(asked) == 1
 
 
-def test_steps_from_python_are_those_of_the_scan():
+@pytest.mark.parametrize('recurrence', [1, 3])
+def test_rounds_from_python_are_those_of_the_scan(recurrence):
   plan = samplers.make_plan(CONFIG, 12, sampler='dpmpp_2m')
   noise = jax.random.normal(jax.random.key(0), (4, 2, 2, 1))
-  step = jax.jit(samplers.make_step(plan, denoise))
+
+  def renoise(number):
+    key = jax.random.fold_in(jax.random.key(7), number)
+    return jax.random.normal(key, noise.shape)
+
+  rounds = {'recurrence': recurrence, 'renoise_fn': renoise}
+  once = jax.jit(samplers.make_round(plan, denoise, **rounds))
+  step = samplers.repeat(once, recurrence)
   carry, places = samplers.start(plan.from_noise(noise)), samplers.places(plan)
   for i in range(plan.num_steps):
-    carry = step(carry, jax.tree.map(lambda column, i=i: column[i], places))
-  np.testing.assert_allclose(
-    carry.state,
-    samplers.sample(plan, denoise, plan.from_noise(noise)),
-    rtol=1e-5,
-    atol=1e-6,
-  )
+    place = jax.tree.map(lambda column, i=i: column[i], places)
+    # A round is repeated with the x_0 of the step before.
+    again = once(carry, place, 0).again
+    np.testing.assert_array_equal(again.last_x_0, carry.last_x_0)
+    carry = step(carry, place)
+  wanted = samplers.sample(plan, denoise, plan.from_noise(noise), **rounds)
+  np.testing.assert_allclose(carry.state, wanted, rtol=1e-5, atol=1e-6)
+  plain = samplers.sample(plan, denoise, plan.from_noise(noise))
+  assert bool(jnp.abs(wanted - plain).max() > 0.1) == (recurrence > 1)
 
 
 @pytest.mark.parametrize(
