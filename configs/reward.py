@@ -22,7 +22,9 @@ run yet. Variants:
   :church   watermarks, 5 networks on pixels
   :tench    faces, one network on x_t; labels in rounds of 10 + 10
   :bedroom  broken pictures, 5 networks on pixels
-  :sd       any property of Stable Diffusion's pictures, 5 networks on latents
+  :sd       any property of Stable Diffusion's pictures, 5 networks on latents;
+            --config.reward.kind=time: on noisy ones, without a gradient through
+            the UNet, which did better on the emoji (docs/emoji_censoring.md)
 
 Give `--config.reward.variant=union`, or `single` with
 `--config.reward.networks=1`, for one network instead. All labels are learnt
