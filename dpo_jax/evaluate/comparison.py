@@ -2,7 +2,7 @@
 
 Only paired differences at fixed prompts, seeds and sampling mean anything:
 scores of one model differ between papers by more than most gains. So the
-folders must agree in everything but the model.
+folders must agree in everything but the model and what steers it.
 """
 
 import json
