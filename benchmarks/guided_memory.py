@@ -2,7 +2,6 @@
 
   python -m benchmarks.guided_memory --time [--rounds=5] [--steps=4]
     [--drivers=python,scan]
-  python -m benchmarks.guided_memory --networks [--size=small] [--batch=8]
   python -m benchmarks.guided_memory --memory --size=sd15|sdxl [--batch=1]
 
 --time runs a small model of random weights: all ways take turns, each by both
@@ -10,9 +9,6 @@ drivers (a scan over the steps, and one jitted round of a step called from
 Python). Shown are medians of a step, over the plain sampler's under the same
 driver, and the scan's over Python's. --drivers picks one, as a scan is slow to
 compile.
-
---networks is an ensemble of five on x_t: the gradient of their log r with one
-network after the other, as guidance has it, and mapped over by vmap.
 
 --memory compiles one step for this machine and asks the compiler for its
 buffers; nothing is run. Weights are bfloat16, as are the UNet's and the VAE's
@@ -171,7 +167,9 @@ def make_step(model, censor, plan, make=samplers.make_step):
   return step
 
 
-def _fill(shapes, rng):
+def fill(shapes: types.PyTree, rng: np.random.Generator) -> types.PyTree:
+  """Random float32 leaves of these shapes, of a layer's usual size."""
+
   def draw(leaf):
     wide = np.sqrt(np.prod(leaf.shape[:-1])) if leaf.ndim > 1 else 10.0
     return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) / wide)
@@ -185,7 +183,7 @@ def make_runs(
   """{driver: () -> nothing, when it is done} of a way, compiled."""
   model, censor = make_model(size, 'float32'), make_censor(way)
   plan = samplers.make_plan(cases.SCHEDULER, steps, sampler='ddim')
-  params, cond = _fill(
+  params, cond = fill(
     shapes_of(size, model, censor, batch), np.random.default_rng(0)
   )
   keys = jax.random.split(jax.random.key(0), batch)
@@ -232,54 +230,6 @@ def take_turns(
       run()
       found[key].append(time.perf_counter() - started)
   return found
-
-
-def show_networks(values) -> None:
-  """Prints the table of --networks."""
-  module, k, side = reward.Reward(TIME), 5, cases.SIZES[values.size].side
-  rng = np.random.default_rng(0)
-  x = jnp.asarray(
-    rng.standard_normal((values.batch, side, side, 4), np.float32)
-  )
-  t = jnp.zeros(values.batch, jnp.int32)
-  shapes = jax.eval_shape(module.init, jax.random.key(0), x, t)['params']
-  members = [_fill(shapes, rng) for _ in range(k)]
-
-  def mapped(stacked, x):
-    return reward.log_reward(
-      jax.vmap(lambda params: module.apply({'params': params}, x, t))(stacked)
-    ).sum()
-
-  def in_turn(members, x):
-    return reward.make_log_reward_fn(module, members)(x, t).sum()
-
-  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
-  runs = {}
-  for name, fn, params in (
-    ('in turn', in_turn, members),
-    ('mapped', mapped, stacked),
-  ):
-    run = functools.partial(jax.jit(jax.grad(fn, argnums=1)), params, x)
-    runs[name] = functools.partial(_wait, run)
-  one, other = runs['in turn'](), runs['mapped']()
-  gap = jnp.abs(one - other).max() / jnp.abs(one).max()
-  found = take_turns(runs, values.rounds)
-  print(
-    f'gradient of log r of {k} networks, {values.batch} states of {side}x{side}'
-    f'x4, median of {values.rounds} rounds (least to most), '
-    f'{jax.devices()[0].device_kind}; they differ by {gap:.0e} at most\n'
-    '| networks | s | over in turn |\n|---|---|---|'
-  )
-  for name, seen in found.items():
-    middle, base = (statistics.median(found[key]) for key in (name, 'in turn'))
-    print(
-      f'| {name} | {middle:.3f} ({min(seen):.3f} to {max(seen):.3f}) | '
-      f'{middle / base:.2f} |'
-    )
-
-
-def _wait(run: Callable[[], types.PyTree]) -> types.PyTree:
-  return jax.block_until_ready(run())
 
 
 def show_times(values) -> None:
@@ -369,7 +319,6 @@ def main(argv: list[str]) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('--time', action='store_true')
-  parser.add_argument('--networks', action='store_true')
   parser.add_argument('--memory', action='store_true')
   parser.add_argument('--size', choices=cases.SIZES)
   parser.add_argument('--batch', type=int, default=1)
@@ -381,17 +330,14 @@ def main(argv: list[str]) -> int:
   values.ways = values.ways.split(',')
   values.drivers = values.drivers.split(',')
   unknown = {*values.ways} - {*WAYS} | {*values.drivers} - {*DRIVERS}
-  if unknown or values.time + values.networks + values.memory != 1:
+  if unknown or values.time == values.memory:
     print(
-      f'error: {" ".join(argv)}: give one of --time, --networks and --memory,'
+      f'error: {" ".join(argv)}: give --time or --memory,'
       f' --ways among {", ".join(WAYS)}, --drivers among {", ".join(DRIVERS)}',
       file=sys.stderr,
     )
     return 2
-  if values.networks:
-    values.size = values.size or 'small'
-    show_networks(values)
-  elif values.time:
+  if values.time:
     values.size = values.size or 'small'
     show_times(values)
   else:
