@@ -182,8 +182,11 @@ def make_round(
 ) -> RoundFn:
   """One round of a step, the whole of it where recurrence is 1: see make_step.
 
-  (carry, place, j) -> Round for the rounds j = 0 to R - 1, each from what the
-  one before calls `again`; `repeat` calls them.
+  (carry, place, j) -> Round, states [n h w c] float32, for the rounds j = 0 to
+  R - 1, each from what the one before calls `again`; `repeat` calls them.
+
+  Raises:
+    ValueError: as make_step does, which is made of it.
   """
   if plan.needs_noise and noise_fn is None:
     raise ValueError('this sampler draws noise at its steps: pass noise_fn')
@@ -271,9 +274,10 @@ def make_step(
 def repeat(
   round_fn: RoundFn, recurrence: int
 ) -> Callable[[Carry, Place], Carry]:
-  """The step of make_round's rounds, each a call from Python.
+  """make_step's function, of make_round's rounds: each a call from Python.
 
-  For a compiled round where gradients are slow in a program's loop (XLA:CPU).
+  round_fn: a compiled one; recurrence: the R that it was made with. For where
+  gradients are slow in a program's loop (XLA:CPU).
   """
 
   def step(carry, place):
